@@ -1,0 +1,47 @@
+"""Files that are either the old version or the new one, never a torn one: write beside, fsync, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file in the folder of ``path``, fsync it and rename it to ``path``.
+
+    Raises whatever ``write`` raises (``OSError`` on a full disk); then the old file is untouched and the
+    temporary one is gone.
+
+    >>> import tempfile; folder = Path(tempfile.mkdtemp())
+    >>> write_atomic(folder / "a.txt", lambda p: p.write_text("hello") and None); (folder / "a.txt").read_text()
+    'hello'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    beside = Path(name)
+    try:
+        write(beside)
+        sync_file(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_file(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n") and None)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file or a folder entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,23 @@
+"""What every test shares: where the real data is, and one thread so that runs are bit-repeatable."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets: ``NESTLEARN_DATA``, or ``shared/data`` beside the repository."""
+    folder = Path(os.environ.get("NESTLEARN_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: set NESTLEARN_DATA (looked in {folder})")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
