@@ -1,0 +1,132 @@
+"""The self-referential core in chunk-parallel form (Eq. 90): outputs of a whole sequence, state in, state out.
+
+Equal to ``ops.reference`` to rounding, for any sequence length, any split into pieces and two chunk sizes.
+A *segment* runs to the next chunk boundary of either group of memories. At a boundary that group's anchor
+becomes its current state; between boundaries writes accumulate, so nothing is buffered and a piece may end
+anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from nestlearn.errors import UserError
+from nestlearn.ops.linear import LinearKernel
+from nestlearn.ops.mlp import MLPKernel
+from nestlearn.ops.rule import MEMORY, Start, WriteRule, gates, unit
+from nestlearn.ops.segment import Segment
+from nestlearn.ops.state import CoreState
+
+Refresh = bool | Tensor
+"""Whether an anchor moves to the current state: for all rows, or per row (B,)."""
+
+
+def kernel_for(start: Start, rule: WriteRule) -> LinearKernel | MLPKernel:
+    """The packed form of the memories in ``start``: linear if they have one weight matrix, MLP if two."""
+    return LinearKernel(start, rule) if len(start.weights[MEMORY]) == 1 else MLPKernel(start, rule)
+
+
+def initial_state(start: Start, rule: WriteRule, batch: int) -> CoreState:
+    """The state before the first token, for ``batch`` sequences."""
+    weights = tuple(w.unsqueeze(0).expand(batch, *w.shape) for w in kernel_for(start, rule).pack())
+    current = tuple(torch.zeros_like(w) for w in weights) if rule.retention == "start" else weights
+    momentum = () if start.momentum is None else tuple(torch.zeros_like(w) for w in weights)
+    return CoreState(current, current, momentum, torch.zeros(batch, dtype=torch.long))
+
+
+def self_modify(
+    x: Tensor,
+    given: Mapping[str, Tensor],
+    start: Start,
+    rule: WriteRule,
+    state: CoreState | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, CoreState]:
+    """Run the core of Eq. 83-90 over ``x`` (B, H, T, d).
+
+    Args:
+        given: the projections that no memory generates: ``q``, ``k``, ``v`` as (B, H, T, d) and raw ``eta``,
+            ``alpha`` as (B, H, T).
+        start: the learned initial state of every memory.
+        rule: switches of the update.
+        state: what an earlier piece returned; None starts afresh.
+        lengths: how many of the T tokens of each row count, (B,); the others change no state and their
+            outputs are meaningless. None means all.
+
+    Returns:
+        Outputs (B, H, T, d) and the state after the last token. Both are differentiable in everything.
+
+    Raises:
+        UserError: the state belongs to another batch size.
+    """
+    batch, _, tokens, _ = x.shape
+    kernel = kernel_for(start, rule)
+    if state is None:
+        state = initial_state(start, rule, batch)
+    elif state.clock.shape[0] != batch:
+        raise UserError(f"the state holds {state.clock.shape[0]} sequences, the input {batch}: they must agree")
+    learned = tuple(w.unsqueeze(0) for w in kernel.pack())
+    base = learned if rule.retention == "start" else tuple(torch.zeros_like(w) for w in learned)
+    current, anchor, momentum = state.current, state.anchor, state.momentum
+    weights = tuple(b + a for b, a in zip(base, anchor, strict=True))
+    counts = None if lengths is None else torch.arange(tokens, device=x.device) < lengths[:, None].to(x.device)
+
+    outputs = []
+    for i, j, refresh_others, refresh_memory in _segments(state.clock, lengths, tokens, rule):
+        if refresh_others is not False or refresh_memory is not False:
+            limited = kernel.limit(current)
+            at_others = _choose(refresh_others, limited, current)
+            at_memory = _choose(refresh_memory, limited, current)
+            current = kernel.merge(at_others, at_memory) if at_others is not at_memory else at_others
+            moved = _choose(refresh_others, current, anchor), _choose(refresh_memory, current, anchor)
+            anchor = kernel.merge(*moved) if moved[0] is not moved[1] else moved[0]
+            weights = tuple(b + a for b, a in zip(base, anchor, strict=True))
+        made = kernel.generate(weights, x[:, :, i:j])
+        for name, value in given.items():
+            made[name] = value[:, :, i:j]
+        eta, log_alpha = gates(made["eta"], made["alpha"], start, rule)
+        v = unit(made["v"]) if rule.normalize_v else made["v"]
+        valid = None if counts is None else counts[:, None, i:j].to(x.dtype)
+        segment = Segment.of(unit(made["k"]), eta, log_alpha, start.momentum, valid, rule.delta)
+        y, current, momentum = kernel.advance(base, weights, current, momentum, unit(made["q"]), v, segment)
+        outputs.append(y)
+
+    seen = torch.full((batch,), tokens) if lengths is None else lengths.cpu()
+    y = torch.cat(outputs, dim=2) if outputs else x.new_zeros(x.shape)
+    return y, CoreState(current, anchor, momentum, state.clock + seen)
+
+
+def _choose(refresh: Refresh, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if isinstance(refresh, bool):
+        return new if refresh else old
+    picks = [refresh.to(n.device).view(-1, *[1] * (n.dim() - 1)) for n in new]
+    return tuple(torch.where(p, n, o) for p, n, o in zip(picks, new, old, strict=True))
+
+
+def _segments(
+    clock: Tensor, lengths: Tensor | None, tokens: int, rule: WriteRule
+) -> Iterator[tuple[int, int, Refresh, Refresh]]:
+    """Segments [i, j) of a piece and whose anchors move at i: the projection memories', the main memory's."""
+    clocks = clock.tolist()
+    if lengths is None and len(set(clocks)) <= 1:
+        now, end = (clocks[0] if clocks else 0), (clocks[0] if clocks else 0) + tokens
+        first = now
+        while now < end:
+            next_boundary = min((now // c + 1) * c for c in (rule.other, rule.chunk_size))
+            stop = min(next_boundary, end)
+            yield now - first, stop - first, now % rule.other == 0, now % rule.chunk_size == 0
+            now = stop
+        return
+    counts = [tokens] * len(clocks) if lengths is None else lengths.tolist()
+    starts = {0}
+    for now, count in zip(clocks, counts, strict=True):
+        for c in (rule.other, rule.chunk_size):
+            starts.update(range((-now) % c, count, c))
+    ordered = [*sorted(s for s in starts if s < tokens), tokens]
+    for i, j in zip(ordered, ordered[1:], strict=False):
+        alive = torch.tensor([i < count for count in counts])
+        at = torch.tensor([now + i for now in clocks])
+        yield i, j, alive & (at % rule.other == 0), alive & (at % rule.chunk_size == 0)

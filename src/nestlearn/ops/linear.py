@@ -1,0 +1,95 @@
+"""Linear memories, all of them as rows of one matrix.
+
+Memories that share keys, step sizes and decays differ only in what they write, so five linear memories of
+one head are the row blocks of a single matrix (R, d), R = 3 d + 2: one product generates k, v and both gates,
+one makes every self-generated value, and one triangular solve writes them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestlearn.memory import objectives
+from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, limit
+from nestlearn.ops.segment import Segment
+
+Packed = tuple[Tensor, ...]
+
+
+@dataclass
+class LinearKernel:
+    """Row blocks [eta, alpha, k, v, q, memory] (those that exist) of one matrix per head."""
+
+    start: Start
+    rule: WriteRule
+
+    def __post_init__(self) -> None:
+        self.names = self.start.names
+        self.rows = [self.start.weights[name][0].shape[-2] for name in self.names]
+        self.width = self.rows[-1]
+        self.others = sum(self.rows[:-1])
+        self.objective = objectives.get(self.rule.objective)
+        scales = self.start.write_scale
+        template = self.start.weights[MEMORY][0]
+        ones = template.new_ones(template.shape[0])
+        blocks = [scales.get(n, ones)[:, None].expand(-1, r) for n, r in zip(self.names, self.rows, strict=True)]
+        self.scale = torch.cat(blocks, -1).unsqueeze(1)  # (H, 1, R)
+
+    def pack(self) -> Packed:
+        """The learned initial weights as packed rows, (H, R, d)."""
+        return (torch.cat([self.start.weights[name][0] for name in self.names], dim=-2),)
+
+    def named(self, packed: Packed) -> dict[str, Packed]:
+        """Packed weights by the name of their memory."""
+        blocks = packed[0].split(self.rows, dim=-2)
+        return {name: (block,) for name, block in zip(self.names, blocks, strict=True)}
+
+    def merge(self, others: Packed, memory: Packed) -> Packed:
+        """The projection memories of ``others`` with the main memory of ``memory``."""
+        n = self.others
+        return (torch.cat([others[0][..., :n, :], memory[0][..., n:, :]], dim=-2),)
+
+    def limit(self, packed: Packed) -> Packed:
+        """Each memory's matrix within the norm limit."""
+        if self.rule.norm_limit is None:
+            return packed
+        return (torch.cat([limit(w, self.rule.norm_limit) for w in packed[0].split(self.rows, dim=-2)], -2),)
+
+    def generate(self, anchor: Packed, x: Tensor) -> dict[str, Tensor]:
+        """What the projection memories make of ``x`` (B, H, c, d): raw gates (B, H, c), vectors (B, H, c, d)."""
+        if not self.others:
+            return {}
+        y = x @ anchor[0][..., : self.others, :].mT
+        parts = dict(zip(self.names[:-1], y.split(self.rows[:-1], dim=-1), strict=True))
+        return {name: part.squeeze(-1) if name in GATES else part for name, part in parts.items()}
+
+    def targets(self, anchor: Packed, v: Tensor) -> Tensor:
+        """The value that each row is asked to give for the current key, (B, H, c, R)."""
+        if self.rule.self_values:
+            return v @ anchor[0].mT
+        gate_rows = sum(r for n, r in zip(self.names, self.rows, strict=True) if n in GATES)
+        wide = len(self.names) - sum(n in GATES for n in self.names)
+        return torch.cat([v @ anchor[0][..., :gate_rows, :].mT, *[v] * wide], dim=-1)
+
+    def advance(
+        self, base: Packed, anchor: Packed, state: Packed, momentum: Packed, q: Tensor, v: Tensor, seg: Segment
+    ) -> tuple[Tensor, Packed, Packed]:
+        """Write one segment: the outputs (B, H, c, d), the next state and momentum."""
+        target = self.targets(anchor, v)
+        # A dot product's error does not look at what the memory answers.
+        answer = target if self.rule.objective == "dot" else seg.k @ anchor[0].mT
+        h = -seg.eta.unsqueeze(-1) * (self.scale * self.objective.error(answer, target))
+        s0, p0 = state[0], momentum[0] if momentum else None
+        terms = seg.terms(h, s0, p0)
+        s, p = seg.last(seg.k, h, terms, s0, p0)
+        n = self.others
+        if self.rule.read == "anchor":
+            y = q @ anchor[0][..., n:, :].mT
+        else:
+            p_read = None if p0 is None else p0[..., n:, :]
+            mine = [(table, rows[..., n:]) for table, rows in terms]
+            y = q @ base[0][..., n:, :].mT + seg.read(q, seg.k, mine, s0[..., n:, :], p_read)
+        return y, (s,), () if p is None else (p,)

@@ -1,0 +1,140 @@
+"""MLP memories ``M(x) = x + W1 silu(W2 x)`` in chunk-parallel form (Eq. 89-91, SPEC 12.1 reading A).
+
+All W2 see the key, so they are row blocks of one matrix with one triangular solve; each W1 sees its own
+hidden layer, decays, and needs no solve. Packed weights are
+
+    W2    (B, H, n d_h, d)     blocks [eta, alpha, k, v, q, memory]
+    wide  (B, H, m, d, d_h)    W1 of [k, v, q, memory]
+    gates (B, H, g, 1, d_h)    W1 of [eta, alpha]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.memory import objectives
+from nestlearn.memory.structures import silu_derivative
+from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, limit
+from nestlearn.ops.segment import Segment
+
+Packed = tuple[Tensor, ...]
+
+
+@dataclass
+class MLPKernel:
+    """Five (or fewer) MLP memories of one head that share keys, step sizes and decays."""
+
+    start: Start
+    rule: WriteRule
+
+    def __post_init__(self) -> None:
+        self.names = self.start.names
+        self.n = len(self.names)
+        self.g = sum(name in GATES for name in self.names)
+        self.hidden = self.start.weights[MEMORY][1].shape[-2]
+        self.others = (self.n - 1) * self.hidden
+        self.objective = objectives.get(self.rule.objective)
+        template = self.start.weights[MEMORY][0]
+        ones = template.new_ones(template.shape[0])
+        scales = [self.start.write_scale.get(name, ones) for name in self.names]
+        self.scale = torch.stack(scales, 1)[..., None, None]  # (H, n, 1, 1)
+
+    def pack(self) -> Packed:
+        """The learned initial weights, packed, without the batch dimension."""
+        w1, w2 = zip(*(self.start.weights[name] for name in self.names), strict=True)
+        wide = torch.stack(w1[self.g :], dim=1)
+        gates = torch.stack(w1[: self.g], dim=1) if self.g else wide.new_zeros(wide.shape[0], 0, 1, self.hidden)
+        return torch.cat(w2, dim=-2), wide, gates
+
+    def named(self, packed: Packed) -> dict[str, Packed]:
+        """Packed weights by the name of their memory, each ``(W1, W2)``."""
+        w2 = packed[0].split(self.hidden, dim=-2)
+        w1 = (*packed[2].unbind(-3), *packed[1].unbind(-3))
+        return {name: (w1[i], w2[i]) for i, name in enumerate(self.names)}
+
+    def merge(self, others: Packed, memory: Packed) -> Packed:
+        """The projection memories of ``others`` with the main memory of ``memory``."""
+        n = self.others
+        return (
+            torch.cat([others[0][..., :n, :], memory[0][..., n:, :]], dim=-2),
+            torch.cat([others[1][..., :-1, :, :], memory[1][..., -1:, :, :]], dim=-3),
+            others[2],
+        )
+
+    def limit(self, packed: Packed) -> Packed:
+        """Each weight matrix within the norm limit."""
+        if self.rule.norm_limit is None:
+            return packed
+        w2 = packed[0].unflatten(-2, (self.n, self.hidden))
+        return (
+            limit(w2, self.rule.norm_limit).flatten(-3, -2),
+            limit(packed[1], self.rule.norm_limit),
+            limit(packed[2], self.rule.norm_limit),
+        )
+
+    def hidden_of(self, w2: Tensor, x: Tensor) -> Tensor:
+        """Pre-activations of every memory in ``w2`` (B, H, n d_h, d) for ``x`` (B, H, c, d): (B, H, n, c, d_h)."""
+        return (x @ w2.mT).unflatten(-1, (-1, self.hidden)).transpose(-3, -2)
+
+    def outputs(self, anchor: Packed, hidden: Tensor, x: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        """Gates (B, H, g, c, 1) and vectors (B, H, m, c, d) of the memories up to ``last``."""
+        gates = hidden[:, :, : self.g] @ anchor[2].mT
+        wide = x.unsqueeze(2) + hidden[:, :, self.g : last] @ anchor[1][:, :, : last - self.g].mT
+        return gates, wide
+
+    def generate(self, anchor: Packed, x: Tensor) -> dict[str, Tensor]:
+        """What the projection memories make of ``x`` (B, H, c, d): raw gates (B, H, c), vectors (B, H, c, d)."""
+        if self.n == 1:
+            return {}
+        hidden = F.silu(self.hidden_of(anchor[0][..., : self.others, :], x))
+        gates, wide = self.outputs(anchor, hidden, x, self.n - 1)
+        made: dict[str, Tensor] = {}
+        for i, name in enumerate(self.names[:-1]):
+            made[name] = gates[:, :, i, :, 0] if name in GATES else wide[:, :, i - self.g]
+        return made
+
+    def advance(
+        self, base: Packed, anchor: Packed, state: Packed, momentum: Packed, q: Tensor, v: Tensor, seg: Segment
+    ) -> tuple[Tensor, Packed, Packed]:
+        """Write one segment: the outputs (B, H, c, d), the next state and momentum."""
+        z = self.hidden_of(anchor[0], seg.k)
+        h = F.silu(z)
+        target_hidden = F.silu(self.hidden_of(anchor[0], v))
+        gate_targets, wide_targets = self.outputs(anchor, target_hidden, v, self.n)
+        if not self.rule.self_values:
+            wide_targets = v.unsqueeze(2).expand_as(wide_targets)
+        if self.rule.objective == "dot":  # its error does not look at what the memory answers
+            gate_answers, wide_answers = gate_targets, wide_targets
+        else:
+            gate_answers, wide_answers = self.outputs(anchor, h, seg.k, self.n)
+        step = -seg.eta[:, :, None, :, None] * self.scale
+        r_gates = step[:, :, : self.g] * self.objective.error(gate_answers, gate_targets)
+        r_wide = step[:, :, self.g :] * self.objective.error(wide_answers, wide_targets)
+        back = torch.cat([r_gates @ anchor[2], r_wide @ anchor[1]], dim=2) * silu_derivative(z)
+        r2 = back.transpose(-3, -2).flatten(-2)  # (B, H, c, n d_h)
+
+        p2, p_wide, p_gates = momentum if momentum else (None, None, None)
+        up = seg.stacked()
+        terms2 = seg.terms(r2, state[0], p2)
+        s2, p2_next = seg.last(seg.k, r2, terms2, state[0], p2)
+        wide_terms, gate_terms = up.terms(r_wide, state[1], p_wide), up.terms(r_gates, state[2], p_gates)
+        s_wide, p_wide_next = up.last(h[:, :, self.g :], r_wide, wide_terms, state[1], p_wide)
+        s_gates, p_gates_next = up.last(h[:, :, : self.g], r_gates, gate_terms, state[2], p_gates)
+
+        n = self.others
+        if self.rule.read == "anchor":
+            y = q + F.silu(q @ anchor[0][..., n:, :].mT) @ anchor[1][:, :, -1].mT
+        else:
+            p_read = None if p2 is None else p2[..., n:, :]
+            mine = [(table, rows[..., n:]) for table, rows in terms2]
+            zq = q @ base[0][..., n:, :].mT + seg.read(q, seg.k, mine, state[0][..., n:, :], p_read)
+            hq = F.silu(zq)
+            p_read = None if p_wide is None else p_wide[:, :, -1]
+            mine = [(table.squeeze(2), rows[:, :, -1]) for table, rows in wide_terms]
+            y = q + hq @ base[1][:, :, -1].mT + seg.read(hq, h[:, :, -1], mine, state[1][:, :, -1], p_read)
+        next_momentum = (p2_next, p_wide_next, p_gates_next) if momentum else ()
+        return y, (s2, s_wide, s_gates), next_momentum  # type: ignore[return-value]

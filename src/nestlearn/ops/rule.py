@@ -1,0 +1,144 @@
+"""The rule by which a self-referential core writes itself, and what its outer level gives it (section 8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.errors import UserError, nearest
+from nestlearn.memory import objectives
+from nestlearn.memory.structures import Weights
+
+PROJECTIONS = ("eta", "alpha", "k", "v", "q")
+"""What a memory may generate in place of a static projection, in the order in which states are packed."""
+GATES = ("eta", "alpha")
+MEMORY = "memory"
+"""The name of the main memory, the one that is read to give the output (Eq. 83, 86)."""
+
+
+@dataclass(frozen=True)
+class WriteRule:
+    """Switches of the update of Eq. 88/90. ``WriteRule.printed()`` is the paper's letter.
+
+    Args:
+        chunk_size: tokens between two anchors of the main memory.
+        chunk_size_other: the same for the memories of k, v, q, eta, alpha; None means ``chunk_size``.
+        objective: internal objective, ``"dot"`` (Eq. 92) or ``"l2"`` (Eq. 88, 93).
+        read: ``"anchor"`` reads the main memory as it was at the end of the previous chunk (Eq. 90);
+            ``"inclusive"`` reads it after the current token was written.
+        delta: whether ``eta k k^T`` erases along the key (DGD); without it the core writes by gradient descent.
+        decay: whether ``alpha`` is applied; without it everything is retained.
+        self_values: whether each memory generates its own value (Eq. 84); without it the memories of width d
+            share ``v``, and the gates, for which ``v`` has the wrong width, keep generating theirs.
+        retention: ``"zero"`` lets ``alpha`` and the erasure pull the weights toward zero (Eq. 88),
+            ``"start"`` toward their learned initial state: only what was learned in context fades.
+        eta_max: upper end of the step size, in units of ``alpha`` if ``bounded`` (dimensionless, keys have norm 1).
+        bounded: whether ``eta`` is in units of ``alpha``, which with ``eta_max <= 2`` makes every transition
+            ``alpha I - eta k k^T`` non-expansive.
+        normalize_v: whether values are scaled to unit length before they are written.
+        norm_limit: bound on the root mean square singular value of what each weight matrix has learned in
+            context, enforced at its chunk boundaries; None leaves the state unbounded.
+
+    >>> WriteRule.printed(chunk_size=16).retention
+    'zero'
+    """
+
+    chunk_size: int = 64
+    chunk_size_other: int | None = None
+    objective: Literal["dot", "l2"] = "dot"
+    read: Literal["anchor", "inclusive"] = "inclusive"
+    delta: bool = True
+    decay: bool = True
+    self_values: bool = True
+    retention: Literal["zero", "start"] = "start"
+    eta_max: float = 2.0
+    bounded: bool = True
+    normalize_v: bool = True
+    norm_limit: float | None = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "chunk_size_other"):
+            size = getattr(self, name)
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise UserError(f"{name} must be a positive number of tokens, got {size!r}")
+        for name, allowed in (
+            ("objective", objectives.BY_NAME),
+            ("read", ("anchor", "inclusive")),
+            ("retention", ("zero", "start")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), allowed)}")
+        if self.eta_max <= 0:
+            raise UserError(f"eta_max must be positive, got {self.eta_max}")
+        if self.norm_limit is not None and self.norm_limit <= 0:
+            raise UserError(f"norm_limit must be positive or None, got {self.norm_limit}")
+
+    @classmethod
+    def printed(cls, chunk_size: int = 16, **changes: object) -> WriteRule:
+        """The letter of Eq. 88-90: L2 objective, anchor reads, decay toward zero, nothing bounded."""
+        letter: dict[str, object] = {
+            "objective": "l2",
+            "read": "anchor",
+            "retention": "zero",
+            "eta_max": 1.0,
+            "bounded": False,
+            "normalize_v": False,
+            "norm_limit": None,
+        }
+        return cls(chunk_size=chunk_size, **{**letter, **changes})  # type: ignore[arg-type]
+
+    @property
+    def other(self) -> int:
+        """Tokens between two anchors of the projection memories."""
+        return self.chunk_size_other or self.chunk_size
+
+
+@dataclass
+class Start:
+    """What the outer level learns and hands to the core: the state of every memory before the first token.
+
+    Args:
+        weights: initial weights of each memory by name, leading dimension H (heads). ``"memory"`` is always
+            there; a name of ``PROJECTIONS`` that is absent must be *given* to the core as a tensor.
+        bias: added to the raw ``"eta"`` and ``"alpha"`` before their sigmoid, each (H,).
+        write_scale: factor on the writes of a memory, each (H,); absent means 1. Small factors restrain
+            self-modification without slowing the forgetting.
+        momentum: retained fraction b of the inner update ``S_t = b S_{t-1} - eta grad`` in (0, 1), (H,), or None.
+    """
+
+    weights: dict[str, Weights]
+    bias: dict[str, Tensor]
+    write_scale: dict[str, Tensor] = field(default_factory=dict)
+    momentum: Tensor | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The memories in packing order, the main memory last."""
+        return (*(name for name in PROJECTIONS if name in self.weights), MEMORY)
+
+
+def unit(x: Tensor) -> Tensor:
+    """``x / ||x||`` over the last dimension, smooth at zero and never longer than 1."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def gates(raw_eta: Tensor, raw_alpha: Tensor, start: Start, rule: WriteRule) -> tuple[Tensor, Tensor]:
+    """Step sizes and logarithms of the retained fractions, (B, H, T) each, from raw gates of that shape."""
+    log_alpha = F.logsigmoid(raw_alpha + start.bias["alpha"][:, None])
+    if not rule.decay:
+        log_alpha = torch.zeros_like(log_alpha)
+    eta = rule.eta_max * torch.sigmoid(raw_eta + start.bias["eta"][:, None])
+    return (eta * log_alpha.exp() if rule.bounded else eta), log_alpha
+
+
+def limit(weights: Tensor, norm_limit: float | None) -> Tensor:
+    """Scale matrices (..., m, n) so that their root mean square singular value is at most ``norm_limit``."""
+    if norm_limit is None:
+        return weights
+    most = norm_limit * min(weights.shape[-2:]) ** 0.5
+    norm = weights.square().sum((-2, -1), keepdim=True).clamp_min(most**2).sqrt()
+    return weights * (most / norm)

@@ -1,0 +1,158 @@
+"""The chunk-parallel form of a sequence of writes that share keys, step sizes and decays.
+
+Inside a segment (at most a chunk) the additive writes ``h_t`` are known before it starts, since their errors
+are taken at the anchor. The state after token t is then
+
+    S_t = gamma_t S_0 + c_t P_0 + sum_{s<=t} U_ts h_s k_s^T + sum_{s<=t} Gamma_ts z_s k_s^T
+
+with ``Gamma_ts = prod_{s<i<=t} alpha_i``, the write table ``U`` (``Gamma``, or with momentum ``Gamma B``), the
+carried momentum ``P_0``, and the erase vectors ``z_t = -eta_t S_{t-1} k_t`` of DGD, which solve one unit
+lower-triangular system. The tables and the triangular factor depend on k, eta and alpha alone: they are
+computed once a segment and serve every memory.
+
+Shapes: B batch, H heads, c tokens of the segment, r rows (outputs) of a weight matrix, n its columns. Memories
+that are stacked in one more dimension (B, H, m, ...) broadcast against ``stacked()`` tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Terms = list[tuple[Tensor, Tensor]]
+"""Pairs (table (B, H, c, c), rows (B, H, c, r)): coefficients of the rank-one terms ``rows_s key_s^T``."""
+
+
+@dataclass
+class Segment:
+    """Keys and tables of one segment.
+
+    Args:
+        k: keys (B, H, c, d).
+        eta: step sizes (B, H, c); zero where a token does not count.
+        gamma: (B, H, c), retained fraction of ``S_0`` after each token.
+        ratio: ``Gamma`` (B, H, c, c), lower triangular.
+        write: ``U`` (B, H, c, c), lower triangular; the same tensor as ``ratio`` without momentum.
+        carry: ``c`` (B, H, c), coefficient of the carried momentum, or None.
+        momentum: (``b_bar`` (B, H, c), ``B`` (B, H, c, c)) for the momentum itself, or None.
+        factor: ``I + T`` (B, H, c, c), or None where nothing is erased.
+        before: ``gamma_{t-1}`` (B, H, c).
+    """
+
+    k: Tensor
+    eta: Tensor
+    gamma: Tensor
+    before: Tensor
+    ratio: Tensor
+    write: Tensor
+    carry: Tensor | None
+    momentum: tuple[Tensor, Tensor] | None
+    factor: Tensor | None
+
+    @classmethod
+    def of(
+        cls, k: Tensor, eta: Tensor, log_alpha: Tensor, b: Tensor | None, valid: Tensor | None, delta: bool
+    ) -> Segment:
+        """Tables from keys (B, H, c, d), ``eta`` and ``log_alpha`` (B, H, c), momentum fraction ``b`` (H,) and
+        which tokens count, ``valid`` (B, 1, c). A token that does not count leaves every state as it was."""
+        if valid is not None:
+            eta = eta * valid
+            log_alpha = log_alpha * valid
+        log_gamma = log_alpha.cumsum(-1)
+        ratio = _ratios(log_gamma)
+        write, carry, momentum = ratio, None, None
+        if b is not None:
+            log_b = b.log()[:, None].expand_as(eta)
+            counts = ratio
+            if valid is not None:
+                log_b = log_b * valid
+                counts = ratio * valid.unsqueeze(-2)
+            log_b = log_b.cumsum(-1)
+            momentum = (log_b.exp(), _ratios(log_b))
+            write = counts @ momentum[1]
+            carry = (counts @ momentum[0].unsqueeze(-1)).squeeze(-1)
+        before = (log_gamma - log_alpha).exp()
+        factor = None
+        if delta:
+            factor = eta.unsqueeze(-1) * _shift(ratio) * (k @ k.mT)
+        return cls(k, eta, log_gamma.exp(), before, ratio, write, carry, momentum, factor)
+
+    def stacked(self) -> Segment:
+        """The same tables for memories stacked in a dimension after the heads; nothing is erased there."""
+        up = lambda t: None if t is None else t.unsqueeze(2)  # noqa: E731
+        momentum = None if self.momentum is None else (up(self.momentum[0]), up(self.momentum[1]))
+        return Segment(
+            up(self.k),
+            up(self.eta),
+            up(self.gamma),
+            up(self.before),
+            up(self.ratio),
+            up(self.write),
+            up(self.carry),
+            momentum,  # type: ignore[arg-type]
+            None,
+        )
+
+    def terms(self, h: Tensor, s0: Tensor, p0: Tensor | None) -> Terms:
+        """The rank-one terms of writes ``h`` (B, H, c, r) on a state ``s0`` (B, H, r, n) with momentum ``p0``.
+
+        With DGD the erase vectors come from one triangular solve for all r rows at once.
+        """
+        if self.factor is None:
+            return [(self.write, h)]
+        eta = self.eta.unsqueeze(-1)
+        erased = self.before.unsqueeze(-1) * (self.k @ s0.mT)
+        if p0 is None:
+            # Writes and erasures have the same table, so one solve gives their sum.
+            return [(self.ratio, self._solve(h - eta * erased))]
+        assert self.carry is not None
+        erased = erased + _shift_rows(self.carry).unsqueeze(-1) * (self.k @ p0.mT)
+        erased = erased + (_shift(self.write) * (self.k @ self.k.mT)) @ h
+        return [(self.write, h), (self.ratio, self._solve(-eta * erased))]
+
+    def _solve(self, rows: Tensor) -> Tensor:
+        assert self.factor is not None
+        return torch.linalg.solve_triangular(self.factor, rows, upper=False, unitriangular=True)
+
+    def read(self, q: Tensor, keys: Tensor, terms: Terms, s0: Tensor, p0: Tensor | None) -> Tensor:
+        """``S_t q_t`` after each token, (B, H, c, r), for queries and keys (B, H, c, n): the dual form."""
+        y = self.gamma.unsqueeze(-1) * (q @ s0.mT)
+        if p0 is not None:
+            assert self.carry is not None
+            y = y + self.carry.unsqueeze(-1) * (q @ p0.mT)
+        scores = q @ keys.mT
+        for table, rows in terms:
+            y = y + (scores * table) @ rows
+        return y
+
+    def last(
+        self, keys: Tensor, h: Tensor, terms: Terms, s0: Tensor, p0: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """State and momentum after the last token, shapes of ``s0`` (..., r, n)."""
+        rows = sum((table[..., -1, :, None] * rows for table, rows in terms), start=torch.zeros(()).to(h))
+        s = self.gamma[..., -1, None, None] * s0 + rows.mT @ keys
+        if p0 is None:
+            return s, None
+        assert self.carry is not None
+        assert self.momentum is not None
+        b_bar, b_table = self.momentum
+        p = b_bar[..., -1, None, None] * p0 + (b_table[..., -1, :, None] * h).mT @ keys
+        return s + self.carry[..., -1, None, None] * p0, p
+
+
+def _ratios(log: Tensor) -> Tensor:
+    """``exp(log_t - log_s)`` for s <= t, zero above the diagonal: (..., c) -> (..., c, c)."""
+    c = log.shape[-1]
+    above = torch.ones(c, c, dtype=torch.bool, device=log.device).triu(1)
+    return (log.unsqueeze(-1) - log.unsqueeze(-2)).masked_fill(above, -torch.inf).exp()
+
+
+def _shift(table: Tensor) -> Tensor:
+    """A table one token earlier: row t holds row t-1, the first row is zero."""
+    return torch.cat([torch.zeros_like(table[..., :1, :]), table[..., :-1, :]], dim=-2)
+
+
+def _shift_rows(values: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(values[..., :1]), values[..., :-1]], dim=-1)

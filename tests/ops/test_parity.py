@@ -1,0 +1,198 @@
+"""The chunk-parallel core equals the token-by-token oracle: outputs, states, and every gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from nestlearn.memory import LinearMemory, MLPMemory
+from nestlearn.ops import MEMORY, PROJECTIONS, CoreState, Start, WriteRule, kernel_for, reference, self_modify
+
+GATES = ("eta", "alpha")
+HEADS, WIDTH, HIDDEN = 2, 5, 7
+
+
+def make_start(
+    structure: str, adaptive: tuple[str, ...], *, seed: int = 0, momentum: bool = False, dtype=torch.float64
+) -> Start:
+    g = torch.Generator().manual_seed(seed)
+
+    def weights(name: str):
+        d_out = 1 if name in GATES else WIDTH
+        memory = LinearMemory(WIDTH, d_out) if structure == "linear" else MLPMemory(WIDTH, d_out, HIDDEN)
+        return tuple(w.to(dtype) for w in memory.init((HEADS,), g))
+
+    names = (*adaptive, MEMORY)
+    draw = lambda: torch.rand(HEADS, generator=g).to(dtype)  # noqa: E731
+    return Start(
+        weights={name: weights(name) for name in names},
+        bias={"eta": draw() - 2, "alpha": 2 + draw()},
+        write_scale={name: 0.3 + draw() for name in names if name not in ("k", MEMORY)},
+        momentum=0.3 + 0.5 * draw() if momentum else None,
+    )
+
+
+def make_inputs(batch: int, tokens: int, adaptive: tuple[str, ...], dtype=torch.float64, seed: int = 1):
+    g = torch.Generator().manual_seed(seed)
+    shape = (batch, HEADS, tokens)
+    x = torch.randn(*shape, WIDTH, generator=g).to(dtype)
+    given = {
+        name: torch.randn(*shape, *(() if name in GATES else (WIDTH,)), generator=g).to(dtype)
+        for name in PROJECTIONS
+        if name not in adaptive
+    }
+    return x, given
+
+
+def leaves(x: Tensor, given: dict[str, Tensor], start: Start) -> dict[str, Tensor]:
+    named = {"x": x, **{f"given {n}": t for n, t in given.items()}}
+    named |= {f"{n} weight {i}": w for n, ws in start.weights.items() for i, w in enumerate(ws)}
+    named |= {f"bias {n}": t for n, t in start.bias.items()}
+    named |= {f"scale {n}": t for n, t in start.write_scale.items()}
+    return named | ({} if start.momentum is None else {"momentum": start.momentum})
+
+
+def final_weights(state: CoreState, start: Start, rule: WriteRule) -> dict[str, tuple[Tensor, ...]]:
+    kernel = kernel_for(start, rule)
+    base = kernel.pack()
+    carried = state.current
+    if rule.retention == "start":
+        carried = tuple(b + c for b, c in zip(base, carried, strict=True))
+    return kernel.named(carried)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm().clamp_min(1e-12)).item()
+
+
+def compare(start: Start, rule: WriteRule, batch: int, tokens: int, dtype=torch.float64) -> dict[str, float]:
+    """Relative errors of outputs, states and gradients of the fast form against the oracle."""
+    adaptive = tuple(n for n in start.names if n != MEMORY)
+    x, given = make_inputs(batch, tokens, adaptive, dtype)
+    results = []
+    for fast in (False, True):
+        inputs = leaves(x, given, start)
+        for t in inputs.values():
+            t.grad = None
+            t.requires_grad_(True)
+        if fast:
+            y, state = self_modify(x, given, start, rule)
+            finals = final_weights(state, start, rule)
+            stacked = {n: ws for n, ws in finals.items()}
+        else:
+            y, per_head = reference.self_modify(x, given, start, rule)
+            stacked = {
+                n: tuple(
+                    torch.stack([torch.stack([h[n][i] for h in row]) for row in per_head])
+                    for i in range(len(start.weights[n]))
+                )
+                for n in start.names
+            }
+        g = torch.Generator().manual_seed(9)
+        weigh = lambda t, g=g: (t * torch.randn(t.shape, generator=g).to(dtype)).sum()  # noqa: E731
+        loss = weigh(y) + sum(weigh(w) for n in start.names for w in stacked[n])
+        grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+        results.append((y, stacked, dict(zip(inputs, grads, strict=True))))
+    (y0, s0, g0), (y1, s1, g1) = results
+    errors = {"output": relative(y1, y0)}
+    errors |= {f"state {n}{i}": relative(s1[n][i], w) for n, ws in s0.items() for i, w in enumerate(ws)}
+    for name, slow in g0.items():
+        assert (slow is None) == (g1[name] is None), name
+        if slow is not None:
+            errors[f"gradient of {name}"] = relative(g1[name], slow)
+    return errors
+
+
+RULES = {
+    "default": {},
+    "l2": {"objective": "l2", "eta_max": 0.5},
+    "anchor read": {"read": "anchor"},
+    "toward zero, nothing bounded": {
+        "retention": "zero",
+        "bounded": False,
+        "norm_limit": None,
+        "normalize_v": False,
+        "eta_max": 0.5,
+    },
+    "printed": {"objective": "l2", "read": "anchor", "retention": "zero", "bounded": False, "eta_max": 0.2},
+    "no erasure": {"delta": False},
+    "no decay": {"decay": False},
+    "shared values": {"self_values": False},
+    "tight limit": {"norm_limit": 0.1},
+}
+ALL = ("eta", "alpha", "k", "v")
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_equals_the_oracle_in_float64(structure: str, momentum: bool, name: str) -> None:
+    start = make_start(structure, ALL, momentum=momentum)
+    rule = WriteRule(chunk_size=4, **RULES[name])
+    errors = compare(start, rule, batch=2, tokens=11)
+    assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
+@pytest.mark.parametrize(
+    ("chunk", "other", "tokens"),
+    [(1, None, 5), (4, None, 9), (16, None, 33), (64, None, 70), (16, 4, 21), (4, 16, 21), (6, 4, 23), (64, 1, 7)],
+)
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+def test_chunk_sizes_and_ragged_lengths(structure: str, chunk: int, other: int | None, tokens: int, objective):
+    start = make_start(structure, (*ALL, "q"))
+    rule = WriteRule(chunk_size=chunk, chunk_size_other=other, objective=objective, eta_max=0.5)
+    errors = compare(start, rule, batch=1, tokens=tokens)
+    assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
+@pytest.mark.parametrize("adaptive", [(), ("k",), ("eta", "alpha"), ("eta", "v"), ("alpha", "k", "v", "q")])
+def test_any_projection_may_be_static(structure: str, adaptive: tuple[str, ...]) -> None:
+    errors = compare(make_start(structure, adaptive), WriteRule(chunk_size=4), batch=2, tokens=10)
+    assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.parametrize(("structure", "objective"), itertools.product(["linear", "mlp"], ["dot", "l2"]))
+def test_float32_stays_close(structure: str, objective: str) -> None:
+    start = make_start(structure, ALL, dtype=torch.float32)
+    rule = WriteRule(chunk_size=16, objective=objective, eta_max=0.5)
+    errors = compare(start, rule, batch=2, tokens=40, dtype=torch.float32)
+    assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
+def test_outer_gradient_passes_gradcheck(structure: str) -> None:
+    """The outer loss is differentiated through every self-modification, by finite differences."""
+    start = make_start(structure, ALL, momentum=True)
+    x, given = make_inputs(1, 5, ALL)
+    rule = WriteRule(chunk_size=2, objective="l2", eta_max=0.5)
+    weights = [w for n in start.names for w in start.weights[n]]
+
+    def run(x: Tensor, q: Tensor, b: Tensor, *flat: Tensor) -> Tensor:
+        it = iter(flat)
+        rebuilt = {n: tuple(next(it) for _ in start.weights[n]) for n in start.names}
+        head = Start(rebuilt, start.bias, start.write_scale, b)
+        return self_modify(x, {"q": q}, head, rule)[0]
+
+    inputs = [x, given["q"], start.momentum, *weights]
+    assert torch.autograd.gradcheck(run, [t.detach().requires_grad_() for t in inputs], fast_mode=True)
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
+def test_every_memory_receives_a_gradient_through_later_outputs_only(structure: str) -> None:
+    """The loss looks at tokens after the first chunk; what the first chunk wrote must reach every memory."""
+    start = make_start(structure, (*ALL, "q"))
+    x, given = make_inputs(1, 12, (*ALL, "q"))
+    for ws in start.weights.values():
+        for w in ws:
+            w.requires_grad_()
+    y, _ = self_modify(x, given, start, WriteRule(chunk_size=4))
+    y[:, :, 8:].square().sum().backward()
+    for name, ws in start.weights.items():
+        for w in ws:
+            assert w.grad is not None, name
+            assert w.grad.abs().max() > 0, name
