@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file in the folder of ``path``, fsync it and rename it to ``path``.
 
     Raises whatever ``write`` raises (``OSError`` on a full disk); then the old file is untouched and the
     temporary one is gone.
 
     >>> import tempfile; folder = Path(tempfile.mkdtemp())
-    >>> write_atomic(folder / "a.txt", lambda p: p.write_text("hello") and None); (folder / "a.txt").read_text()
+    >>> write_atomic(folder / "a.txt", lambda p: p.write_text("hello")); (folder / "a.txt").read_text()
     'hello'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n") and None)
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
 
 
 def sync_file(path: Path) -> None:

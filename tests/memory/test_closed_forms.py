@@ -122,7 +122,12 @@ def test_ggd_with_a_dot_product_is_gradient_descent_and_settles_on_dgd() -> None
 
 
 def test_rules_batch_over_leading_dimensions() -> None:
-    w, k, v, eta = draw(2, 3, 4, 5), draw(2, 3, 5, seed=1), draw(2, 3, 4, seed=2), draw(2, 3, seed=3).sigmoid()
+    w, k, v, eta = (
+        draw(2, 3, 4, 5),
+        draw(2, 3, 5, seed=1),
+        draw(2, 3, 4, seed=2),
+        draw(2, 3, seed=3).sigmoid(),
+    )
     for rule in (rules.hebbian, rules.delta, rules.oja, rules.dgd):
         batched = rule(w, k, v, eta, 1 - eta / 10)
         single = rule(w[1, 2], k[1, 2], v[1, 2], eta[1, 2], 1 - eta[1, 2] / 10)

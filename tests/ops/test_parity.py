@@ -119,8 +119,8 @@ RULES = {
     },
     "printed": {"objective": "l2", "read": "anchor", "retention": "zero", "bounded": False, "eta_max": 0.2},
     "no erasure": {"delta": False},
-    "no decay": {"decay": False},
     "shared values": {"self_values": False},
+    "values as long as they come": {"clip_values": False},
     "tight limit": {"norm_limit": 0.1},
 }
 ALL = ("eta", "alpha", "k", "v")
@@ -137,9 +137,26 @@ def test_every_rule_equals_the_oracle_in_float64(structure: str, momentum: bool,
 
 
 @pytest.mark.parametrize("structure", ["linear", "mlp"])
+def test_without_decay_equals_the_oracle(structure: str) -> None:
+    start = make_start(structure, ("eta", "k", "v"))
+    del start.bias["alpha"]
+    errors = compare(start, WriteRule(chunk_size=4, decay=False), batch=2, tokens=11)
+    assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
 @pytest.mark.parametrize(
     ("chunk", "other", "tokens"),
-    [(1, None, 5), (4, None, 9), (16, None, 33), (64, None, 70), (16, 4, 21), (4, 16, 21), (6, 4, 23), (64, 1, 7)],
+    [
+        (1, None, 5),
+        (4, None, 9),
+        (16, None, 33),
+        (64, None, 70),
+        (16, 4, 21),
+        (4, 16, 21),
+        (6, 4, 23),
+        (64, 1, 7),
+    ],
 )
 @pytest.mark.parametrize("objective", ["dot", "l2"])
 def test_chunk_sizes_and_ragged_lengths(structure: str, chunk: int, other: int | None, tokens: int, objective):
@@ -156,7 +173,7 @@ def test_any_projection_may_be_static(structure: str, adaptive: tuple[str, ...])
     assert max(errors.values()) < 1e-9, errors
 
 
-@pytest.mark.parametrize(("structure", "objective"), itertools.product(["linear", "mlp"], ["dot", "l2"]))
+@pytest.mark.parametrize(("structure", "objective"), list(itertools.product(["linear", "mlp"], ["dot", "l2"])))
 def test_float32_stays_close(structure: str, objective: str) -> None:
     start = make_start(structure, ALL, dtype=torch.float32)
     rule = WriteRule(chunk_size=16, objective=objective, eta_max=0.5)

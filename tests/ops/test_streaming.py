@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def test_pieces_equal_one_pass(structure, cuts, chunk, other, momentum) -> None:
     whole, end = self_modify(x, fixed, start, rule)
     state, outputs = None, []
     edges = sorted({0, *cuts, 20})
-    for i, j in zip(edges, edges[1:], strict=False):
+    for i, j in pairwise(edges):
         y, state = self_modify(x[:, :, i:j], cut(fixed, i, j), start, rule, state)
         outputs.append(y)
     torch.testing.assert_close(torch.cat(outputs, 2), whole, rtol=1e-9, atol=1e-12)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from nestlearn.memory.objectives import Objective
@@ -55,9 +54,7 @@ def oja(w: Tensor, k: Tensor, v: Tensor, eta: Gate, alpha: Gate = 1.0) -> Tensor
     return _over(alpha, 2) * w + _over(eta, 2) * outer(v, k - _read(w.mT, v))
 
 
-def omega(
-    w: Tensor, k: Tensor, v: Tensor, eta: Gate, gamma: Tensor, objective: Objective, alpha: Gate = 1.0
-) -> Tensor:
+def omega(w: Tensor, k: Tensor, v: Tensor, eta: Gate, gamma: Tensor, objective: Objective, alpha: Gate = 1.0) -> Tensor:
     """Omega rule (Eq. 68): one step on a window of the last c pairs, ``alpha W - eta sum_i gamma_i grad_i(W)``.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,12 @@ class SelfReferentialTitans(nn.Module):
         retained: initial retained fractions alpha per token of the first and the last head, spaced evenly in
             the logarithm of the memory's lifetime.
         gate: whether a static sigmoid gate multiplies the output.
-        objective, read, delta, decay, self_values, retention, eta_max, bounded, normalize_v, norm_limit: see
+        objective: ``"dot"`` or ``"l2"``; None means what held up by measurement, dot for linear memories and
+            l2 for MLP memories.
+        eta_max: upper end of the step size, in units of alpha; None means 2 (erasure may turn a sign) for linear
+            memories and 0.1 for MLP memories, whose last layer has no erasure.
+        read, delta, decay, self_values, retention, bounded, normalize_v, clip_values,
+        norm_limit: see
             :class:`nestlearn.ops.WriteRule`.
 
     Raises:
@@ -79,7 +84,7 @@ class SelfReferentialTitans(nn.Module):
         memory: Literal["linear", "mlp"] = "linear",
         memory_hidden: int | None = None,
         conv_size: int = 4,
-        objective: Literal["dot", "l2"] = "dot",
+        objective: Literal["dot", "l2"] | None = None,
         read: Literal["anchor", "inclusive"] = "inclusive",
         delta: bool = True,
         decay: bool = True,
@@ -91,9 +96,10 @@ class SelfReferentialTitans(nn.Module):
         self_values: bool = True,
         retention: Literal["zero", "start"] = "start",
         write_scale: float | None = 0.05,
-        eta_max: float = 2.0,
+        eta_max: float | None = None,
         bounded: bool = True,
         normalize_v: bool = True,
+        clip_values: bool = True,
         norm_limit: float | None = 4.0,
         retained: tuple[float, float] = (0.98, 0.998),
         gate: bool = True,
@@ -112,21 +118,25 @@ class SelfReferentialTitans(nn.Module):
         self.rule = WriteRule(
             chunk_size=chunk_size,
             chunk_size_other=chunk_size_other,
-            objective=objective,
+            objective=objective or ("dot" if memory == "linear" else "l2"),
             read=read,
             delta=delta,
             decay=decay,
             self_values=self_values,
             retention=retention,
-            eta_max=eta_max,
+            eta_max=eta_max or (2.0 if memory == "linear" else 0.1),
             bounded=bounded,
             normalize_v=normalize_v,
+            clip_values=clip_values,
             norm_limit=norm_limit,
         )
         inner = {"eta": inner_gates, "alpha": inner_gates, "k": inner_k, "v": inner_v, "q": inner_q}
+        if not decay:  # everything is retained: nothing to generate
+            del inner["alpha"]
         self.adaptive = tuple(name for name, on in inner.items() if on)
         self.conv = CausalConv(dim, conv_size)
-        self.mix = nn.Linear(dim, dim, bias=False)
+        # The heads' inputs to the memories that generate; where none does, nothing reads them.
+        self.mix = nn.Linear(dim, dim, bias=False) if self.adaptive else None
         self.static = nn.ModuleDict(
             {n: nn.Linear(dim, heads if n in GATES else dim, bias=False) for n, on in inner.items() if not on}
         )
@@ -141,10 +151,8 @@ class SelfReferentialTitans(nn.Module):
             else MLPMemory(d, 1 if name in GATES else d, memory_hidden or d)
             for name in (*self.adaptive, MEMORY)
         }
-        self.start = nn.ModuleDict(
-            {name: nn.ParameterList(m.init((heads,))) for name, m in self.memories.items()}
-        )
-        self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(heads)) for name in GATES})
+        self.start = nn.ModuleDict({name: nn.ParameterList(m.init((heads,))) for name, m in self.memories.items()})
+        self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(heads)) for name in GATES if name in inner})
         scaled = self.adaptive if write_scale is not None else ()
         self.write_scale = nn.ParameterDict({name: nn.Parameter(torch.zeros(heads)) for name in scaled})
         self.momentum = nn.Parameter(torch.zeros(heads)) if momentum else None
@@ -153,19 +161,22 @@ class SelfReferentialTitans(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew from the global random generator."""
-        for linear in (self.mix, self.out, *self.static.values(), *([self.gate] if self.gate else [])):
-            nn.init.normal_(linear.weight, std=1 / math.sqrt(self.dim))  # type: ignore[arg-type]
+        for linear in (self.mix, self.out, self.gate, *self.static.values()):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=1 / math.sqrt(self.dim))  # type: ignore[arg-type]
         self.conv.reset_parameters()
         nn.init.ones_(self.norm.weight)
         for name, memory in self.memories.items():
-            for parameter, drawn in zip(self.start[name], memory.init((self.heads,)), strict=True):
+            for parameter, drawn in zip(self._weights(name), memory.init((self.heads,)), strict=True):
                 parameter.copy_(drawn)
             if name in GATES:  # gates start at their bias: a memory that is not yet trained should not erase
-                self.start[name][0].mul_(0.1)
+                self._weights(name)[0].mul_(0.1)
         if isinstance(self.memories[MEMORY], LinearMemory):  # M(v) = v: it starts by storing values as they are
-            self.start[MEMORY][0].copy_(torch.eye(self.width))
-        lifetimes = torch.linspace(*(math.log(1 / (1 - r)) for r in self.retained), self.heads).exp()
-        self.bias["alpha"].copy_((lifetimes - 1).log())  # sigmoid(log(L - 1)) = 1 - 1/L
+            self._weights(MEMORY)[0].copy_(torch.eye(self.width))
+        if self.rule.decay:
+            shortest, longest = (math.log(1 / (1 - r)) for r in self.retained)
+            lifetimes = torch.linspace(shortest, longest, self.heads).exp()
+            self.bias["alpha"].copy_((lifetimes - 1).log())  # sigmoid(log(L - 1)) = 1 - 1/L
         nn.init.zeros_(self.bias["eta"])
         for scale in self.write_scale.values():
             assert self.initial_write_scale is not None
@@ -173,11 +184,14 @@ class SelfReferentialTitans(nn.Module):
         if self.momentum is not None:
             nn.init.zeros_(self.momentum)
 
+    def _weights(self, name: str) -> list[nn.Parameter]:
+        return list(cast(nn.ParameterList, self.start[name]))
+
     def initial(self) -> Start:
         """The learned start of the core, in float32 or wider."""
         wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))  # noqa: E731
         return Start(
-            weights={name: tuple(wide(w) for w in self.start[name]) for name in self.memories},
+            weights={name: tuple(wide(w) for w in self._weights(name)) for name in self.memories},
             bias={name: wide(b) for name, b in self.bias.items()},
             write_scale={name: wide(s).sigmoid() for name, s in self.write_scale.items()},
             momentum=None if self.momentum is None else wide(self.momentum).sigmoid(),
@@ -189,7 +203,7 @@ class SelfReferentialTitans(nn.Module):
         """Read and write along ``x`` (B, T, dim); ``lengths`` (B,) says how many tokens of each row count."""
         u, conv_state = self.conv(x, None if state is None else state.conv, lengths)
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
-        mixed = split(self.mix(u))
+        mixed = split(u if self.mix is None else self.mix(u))
         given = {name: split(project(u)) for name, project in self.static.items()}
         given = {name: t.squeeze(-1) if name in GATES else t for name, t in given.items()}
         with torch.autocast(x.device.type, enabled=False):  # states stay in float32

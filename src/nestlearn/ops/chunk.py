@@ -9,6 +9,7 @@ anywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def self_modify(
 
     Args:
         given: the projections that no memory generates: ``q``, ``k``, ``v`` as (B, H, T, d) and raw ``eta``,
-            ``alpha`` as (B, H, T).
+            ``alpha`` as (B, H, T). A rule without decay needs no ``alpha``.
         start: the learned initial state of every memory.
         rule: switches of the update.
         state: what an earlier piece returned; None starts afresh.
@@ -87,7 +88,7 @@ def self_modify(
         made = kernel.generate(weights, x[:, :, i:j])
         for name, value in given.items():
             made[name] = value[:, :, i:j]
-        eta, log_alpha = gates(made["eta"], made["alpha"], start, rule)
+        eta, log_alpha = gates(made["eta"], made.get("alpha"), start, rule)
         v = unit(made["v"]) if rule.normalize_v else made["v"]
         valid = None if counts is None else counts[:, None, i:j].to(x.dtype)
         segment = Segment.of(unit(made["k"]), eta, log_alpha, start.momentum, valid, rule.delta)
@@ -126,7 +127,7 @@ def _segments(
         for c in (rule.other, rule.chunk_size):
             starts.update(range((-now) % c, count, c))
     ordered = [*sorted(s for s in starts if s < tokens), tokens]
-    for i, j in zip(ordered, ordered[1:], strict=False):
+    for i, j in pairwise(ordered):
         alive = torch.tensor([i < count for count in counts])
         at = torch.tensor([now + i for now in clocks])
         yield i, j, alive & (at % rule.other == 0), alive & (at % rule.chunk_size == 0)

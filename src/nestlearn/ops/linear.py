@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.memory import objectives
-from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, limit
+from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, clip, limit
 from nestlearn.ops.segment import Segment
 
 Packed = tuple[Tensor, ...]
@@ -68,14 +68,21 @@ class LinearKernel:
 
     def targets(self, anchor: Packed, v: Tensor) -> Tensor:
         """The value that each row is asked to give for the current key, (B, H, c, R)."""
-        if self.rule.self_values:
-            return v @ anchor[0].mT
-        gate_rows = sum(r for n, r in zip(self.names, self.rows, strict=True) if n in GATES)
-        wide = len(self.names) - sum(n in GATES for n in self.names)
-        return torch.cat([v @ anchor[0][..., :gate_rows, :].mT, *[v] * wide], dim=-1)
+        generated = len(self.names) if self.rule.self_values else sum(n in GATES for n in self.names)
+        rows = self.rows[:generated]
+        made = (v @ anchor[0][..., : sum(rows), :].mT).split(rows, dim=-1) if rows else ()
+        shared = [v] * (len(self.names) - generated)
+        return torch.cat([*(clip(part, self.rule) for part in made), *shared], dim=-1)
 
     def advance(
-        self, base: Packed, anchor: Packed, state: Packed, momentum: Packed, q: Tensor, v: Tensor, seg: Segment
+        self,
+        base: Packed,
+        anchor: Packed,
+        state: Packed,
+        momentum: Packed,
+        q: Tensor,
+        v: Tensor,
+        seg: Segment,
     ) -> tuple[Tensor, Packed, Packed]:
         """Write one segment: the outputs (B, H, c, d), the next state and momentum."""
         target = self.targets(anchor, v)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nestlearn.memory import objectives
 from nestlearn.memory.structures import silu_derivative
-from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, limit
+from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, clip, limit
 from nestlearn.ops.segment import Segment
 
 Packed = tuple[Tensor, ...]
@@ -98,13 +98,21 @@ class MLPKernel:
         return made
 
     def advance(
-        self, base: Packed, anchor: Packed, state: Packed, momentum: Packed, q: Tensor, v: Tensor, seg: Segment
+        self,
+        base: Packed,
+        anchor: Packed,
+        state: Packed,
+        momentum: Packed,
+        q: Tensor,
+        v: Tensor,
+        seg: Segment,
     ) -> tuple[Tensor, Packed, Packed]:
         """Write one segment: the outputs (B, H, c, d), the next state and momentum."""
         z = self.hidden_of(anchor[0], seg.k)
         h = F.silu(z)
         target_hidden = F.silu(self.hidden_of(anchor[0], v))
         gate_targets, wide_targets = self.outputs(anchor, target_hidden, v, self.n)
+        gate_targets, wide_targets = clip(gate_targets, self.rule), clip(wide_targets, self.rule)
         if not self.rule.self_values:
             wide_targets = v.unsqueeze(2).expand_as(wide_targets)
         if self.rule.objective == "dot":  # its error does not look at what the memory answers

@@ -18,7 +18,7 @@ from torch import Tensor
 from nestlearn.memory import objectives
 from nestlearn.memory.rules import dgd, outer
 from nestlearn.memory.structures import LinearMemory, MLPMemory, Weights
-from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, gates, limit, unit
+from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, clip, gates, limit, unit
 
 
 def self_modify(
@@ -85,13 +85,14 @@ def _one_head(
 
         k, q, v = unit(project("k")), unit(project("q")), project("v")
         v = unit(v) if rule.normalize_v else v
-        eta, log_alpha = gates(project("eta")[None, None], project("alpha")[None, None], start, rule)
+        raw_alpha = project("alpha")[None, None] if rule.decay else None
+        eta, log_alpha = gates(project("eta")[None, None], raw_alpha, start, rule)
         eta, alpha = eta.squeeze(), log_alpha.exp().squeeze()
 
         for name in start.names:
             memory, scale = memories[name], start.write_scale.get(name, 1.0)
             generates = rule.self_values or name in GATES
-            target = memory.read(anchor[name], v) if generates else v  # Eq. 84, 87
+            target = clip(memory.read(anchor[name], v), rule) if generates else v  # Eq. 84, 87
             error = objective.error(memory.read(anchor[name], k), target)
             written = []
             # Weights of an MLP memory: W1 is the last layer, W2 the one whose input is the key. The erasure
@@ -117,7 +118,5 @@ def _one_head(
             weights = tuple(b + s for b, s in zip(base[MEMORY], state[MEMORY], strict=True))
         outputs.append(memories[MEMORY].read(weights, q)[0])
 
-    final = {
-        name: tuple(b + s for b, s in zip(base[name], state[name], strict=True)) for name in start.names
-    }
+    final = {name: tuple(b + s for b, s in zip(base[name], state[name], strict=True)) for name in start.names}
     return torch.stack(outputs), final

@@ -40,6 +40,8 @@ class WriteRule:
         bounded: whether ``eta`` is in units of ``alpha``, which with ``eta_max <= 2`` makes every transition
             ``alpha I - eta k k^T`` non-expansive.
         normalize_v: whether values are scaled to unit length before they are written.
+        clip_values: whether self-generated values longer than 1 are scaled to length 1. A memory whose values
+            come from itself amplifies them otherwise, chunk after chunk.
         norm_limit: bound on the root mean square singular value of what each weight matrix has learned in
             context, enforced at its chunk boundaries; None leaves the state unbounded.
 
@@ -58,6 +60,7 @@ class WriteRule:
     eta_max: float = 2.0
     bounded: bool = True
     normalize_v: bool = True
+    clip_values: bool = True
     norm_limit: float | None = 4.0
 
     def __post_init__(self) -> None:
@@ -87,6 +90,7 @@ class WriteRule:
             "eta_max": 1.0,
             "bounded": False,
             "normalize_v": False,
+            "clip_values": False,
             "norm_limit": None,
         }
         return cls(chunk_size=chunk_size, **{**letter, **changes})  # type: ignore[arg-type]
@@ -126,12 +130,23 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
-def gates(raw_eta: Tensor, raw_alpha: Tensor, start: Start, rule: WriteRule) -> tuple[Tensor, Tensor]:
-    """Step sizes and logarithms of the retained fractions, (B, H, T) each, from raw gates of that shape."""
-    log_alpha = F.logsigmoid(raw_alpha + start.bias["alpha"][:, None])
-    if not rule.decay:
-        log_alpha = torch.zeros_like(log_alpha)
+def clip(values: Tensor, rule: WriteRule) -> Tensor:
+    """Self-generated values (..., d), none longer than 1 if the rule says so."""
+    if not rule.clip_values:
+        return values
+    return values * torch.rsqrt(values.square().sum(-1, keepdim=True).clamp_min(1.0))
+
+
+def gates(raw_eta: Tensor, raw_alpha: Tensor | None, start: Start, rule: WriteRule) -> tuple[Tensor, Tensor]:
+    """Step sizes and logarithms of the retained fractions, (B, H, T) each, from raw gates of that shape.
+
+    A rule without decay needs no raw ``alpha`` and everything is retained.
+    """
     eta = rule.eta_max * torch.sigmoid(raw_eta + start.bias["eta"][:, None])
+    if not rule.decay:
+        return eta, torch.zeros_like(eta)
+    assert raw_alpha is not None
+    log_alpha = F.logsigmoid(raw_alpha + start.bias["alpha"][:, None])
     return (eta * log_alpha.exp() if rule.bounded else eta), log_alpha
 
 

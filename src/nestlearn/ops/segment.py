@@ -81,18 +81,16 @@ class Segment:
 
     def stacked(self) -> Segment:
         """The same tables for memories stacked in a dimension after the heads; nothing is erased there."""
-        up = lambda t: None if t is None else t.unsqueeze(2)  # noqa: E731
-        momentum = None if self.momentum is None else (up(self.momentum[0]), up(self.momentum[1]))
         return Segment(
-            up(self.k),
-            up(self.eta),
-            up(self.gamma),
-            up(self.before),
-            up(self.ratio),
-            up(self.write),
-            up(self.carry),
-            momentum,  # type: ignore[arg-type]
-            None,
+            k=self.k.unsqueeze(2),
+            eta=self.eta.unsqueeze(2),
+            gamma=self.gamma.unsqueeze(2),
+            before=self.before.unsqueeze(2),
+            ratio=self.ratio.unsqueeze(2),
+            write=self.write.unsqueeze(2),
+            carry=None if self.carry is None else self.carry.unsqueeze(2),
+            momentum=None if self.momentum is None else (self.momentum[0].unsqueeze(2), self.momentum[1].unsqueeze(2)),
+            factor=None,
         )
 
     def terms(self, h: Tensor, s0: Tensor, p0: Tensor | None) -> Terms:

@@ -1,0 +1,16 @@
+"""Layers that map (B, T, D) to (B, T, D), state in, state out."""
+
+from nestlearn.nn.attention import AttentionState, CausalAttention
+from nestlearn.nn.continuum import ContinuumLevel, ContinuumMemory
+from nestlearn.nn.convolution import CausalConv
+from nestlearn.nn.titans import SelfReferentialTitans, TitansState
+
+__all__ = [
+    "AttentionState",
+    "CausalAttention",
+    "CausalConv",
+    "ContinuumLevel",
+    "ContinuumMemory",
+    "SelfReferentialTitans",
+    "TitansState",
+]

@@ -1,0 +1,108 @@
+"""HopeConfig: its complaints, its round trip, and how transformers comes to know it."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+import nestlearn
+from nestlearn import HopeConfig
+from nestlearn.errors import UserError
+from nestlearn.models.hope.modeling_hope import TITANS_OPTIONS
+from nestlearn.nn import SelfReferentialTitans
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_hidden_layers": 1, "block_types": ["hopp"]}, "'hopp': did you mean 'hope'"),
+        ({"num_hidden_layers": 1, "block_types": ["hope-atention"]}, "did you mean 'hope-attention'"),
+        ({"num_hidden_layers": 3, "block_types": ["hope"]}, "names 1 blocks, but num_hidden_layers=3"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size=30 is not a multiple"),
+        ({"chunk_size": 0}, "chunk_size=0: must be at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"vocab_size": -1}, "vocab_size=-1"),
+    ],
+)
+def test_rejects_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        HopeConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cms_chunk_sizes": [64, 16]}, "fast to slow"),
+        ({"cms_chunk_sizes": [0]}, "positive integer"),
+        ({"intermediate_size": 100}, "evenly over 3 levels"),
+        ({"cms_variant": "nested"}, "does not exist yet"),
+        ({"read": "anker"}, "did you mean 'anchor'"),
+        ({"memory_type": "liner"}, "did you mean 'linear'"),
+        ({"chunk_size_other": 0}, "chunk_size_other"),
+    ],
+)
+def test_layers_reject_their_switches_when_the_model_is_built(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        nestlearn.HopeForCausalLM(HopeConfig(hidden_size=16, num_hidden_layers=1, **options))
+
+
+def test_block_types_default_to_hope() -> None:
+    assert HopeConfig(num_hidden_layers=3).block_types == ["hope"] * 3
+
+
+def test_layer_types_can_be_read_only() -> None:
+    config = HopeConfig(num_hidden_layers=2)
+    assert len(config.layer_types) == 2
+    with pytest.raises(AttributeError):
+        config.layer_types = ["full_attention"] * 2
+    assert "layer_types" not in config.to_dict()
+
+
+def test_round_trip_through_a_file(tmp_path: Path) -> None:
+    config = HopeConfig(num_hidden_layers=2, block_types=["hope", "attention"], retained=[0.9, 0.99], norm_limit=None)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is HopeConfig
+    ours, theirs = config.to_dict(), loaded.to_dict()
+    assert {**ours, "_name_or_path": str(tmp_path)} == theirs
+
+
+def test_defaults_are_those_of_the_layer() -> None:
+    parameters = inspect.signature(SelfReferentialTitans).parameters
+    config = HopeConfig()
+    ours = {name: getattr(config, name) for name in TITANS_OPTIONS}
+    ours |= {"memory": config.memory_type, "memory_hidden": config.memory_hidden_size, "heads": 4}
+    ours["retained"] = tuple(ours["retained"])
+    assert ours == {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
+def test_import_is_light_and_reaches_the_auto_classes_in_any_order(tmp_path: Path) -> None:
+    nestlearn.HopeForCausalLM(HopeConfig(hidden_size=16, num_hidden_layers=1, vocab_size=8)).save_pretrained(tmp_path)
+    auto = "from transformers import AutoModelForCausalLM\n"
+    load = f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)\n"
+    light = "import sys, nestlearn\nprint(any(m in sys.modules for m in ('torch', 'transformers')))\n"
+    expected = {
+        light + auto + load: ["False", "HopeForCausalLM"],
+        auto + "import nestlearn\n" + load: ["HopeForCausalLM"],
+        "from nestlearn import HopeConfig\n" + auto + load: ["HopeForCausalLM"],
+    }
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for code in expected
+    ]
+    for process, words in zip(started, expected.values(), strict=True):
+        output, problems = process.communicate(timeout=120)
+        assert output.split() == words, problems
+
+
+def test_unknown_names_raise_as_in_any_module() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Hope'"):
+        _ = nestlearn.Hope
+    with pytest.raises(AttributeError, match="no attribute 'Hope'"):
+        _ = nestlearn.models.hope.Hope
+    assert {"HopeConfig", "HopeForCausalLM"} <= set(dir(nestlearn))

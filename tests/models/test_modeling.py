@@ -1,0 +1,176 @@
+"""HopeForCausalLM beside what it must equal: Llama, and Hope-Attention reduced to a Transformer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from nestlearn import HopeConfig, HopeForCausalLM
+from nestlearn.errors import UserError
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 32,
+    "initializer_range": 0.3,
+    "rope_theta": 500.0,
+}
+
+
+def hope(block_types: list[str], **options: Any) -> HopeForCausalLM:
+    torch.manual_seed(0)
+    return HopeForCausalLM(HopeConfig(**{**SHAPE, "block_types": block_types, "chunk_size": 4, **options})).eval()
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(0, 40, shape, generator=torch.Generator().manual_seed(1))
+
+
+def llama_from(model: HopeForCausalLM, **options: Any) -> LlamaForCausalLM:
+    """Llama with the same weights as a model of "attention" blocks."""
+    rope = {"rope_type": "default", "rope_theta": SHAPE["rope_theta"]}
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope, **options)).eval()
+    names = {
+        "mixer": "self_attn",
+        "memory.levels.0.norm": "post_attention_layernorm",
+        "memory.levels.0.gate": "mlp.gate_proj",
+        "memory.levels.0.up": "mlp.up_proj",
+        "memory.levels.0.down": "mlp.down_proj",
+    }
+    weights = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("model.layers"):
+            name = name.replace(".norm.", ".input_layernorm.") if "memory" not in name else name
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+        weights[name] = value
+    llama.load_state_dict(weights)
+    return llama
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_attention_blocks_are_llama(tied: bool) -> None:
+    model = hope(["attention"] * 2, tie_word_embeddings=tied)
+    llama = llama_from(model, tie_word_embeddings=tied)
+    x = ids(2, 17)
+    ours, theirs = model(x, labels=x), llama(x, labels=x)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    torch.testing.assert_close(
+        model(x, labels=x, num_items_in_batch=7).loss, llama(x, labels=x, num_items_in_batch=7).loss
+    )
+    mask = torch.ones_like(x)
+    mask[1, :5] = 0
+    padded, expected = model(x, attention_mask=mask).logits, llama(x, attention_mask=mask).logits
+    torch.testing.assert_close(padded[1, 5:], expected[1, 5:], rtol=1e-5, atol=1e-5)
+    options = {"max_new_tokens": 10, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    assert torch.equal(model.generate(x, **options), llama.generate(x, **options))
+    assert model.num_parameters() == llama.num_parameters()
+
+
+def test_attention_blocks_have_the_gradients_of_llama() -> None:
+    model, x = hope(["attention"] * 2), ids(2, 17)
+    llama = llama_from(model)
+    model(x, labels=x).loss.backward()
+    llama(x, labels=x).loss.backward()
+    ours = model.model.layers[0].mixer.k_proj.weight.grad
+    torch.testing.assert_close(ours, llama.model.layers[0].self_attn.k_proj.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_hope_attention_with_one_level_and_no_convolution_is_a_transformer() -> None:
+    ours = hope(["hope-attention"] * 2, cms_chunk_sizes=[64])
+    plain = hope(["attention"] * 2)
+    weights = ours.state_dict()
+    for name in [name for name in weights if "conv" in name]:
+        torch.nn.init.zeros_(weights[name])[-1] = 1.0  # in place: the convolution becomes the identity
+    plain.load_state_dict({name: value for name, value in weights.items() if "conv" not in name})
+    x = ids(2, 17)
+    torch.testing.assert_close(ours(x).logits, plain(x).logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(), "either input_ids or inputs_embeds"),
+        (lambda m: m(ids(1, 4), position_ids=torch.arange(4)[None]), "no position_ids"),
+        (lambda m: m(ids(1, 4), output_attentions=True), "no output_attentions"),
+        (lambda m: m(ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4)), "two-dimensional"),
+        (lambda m: m(ids(2, 4), attention_mask=torch.ones(1, 4)), "one row per sequence"),
+        (lambda m: m(ids(1, 4), attention_mask=torch.ones(1, 3)), "at least the new tokens"),
+        (lambda m: m(ids(1, 4), past_key_values=DynamicCache()), "does not fit this model"),
+        (lambda m: m(ids(2, 4), past_key_values=m(ids(1, 4)).past_key_values), "holds 1 rows, but the input has 2"),
+    ],
+)
+def test_rejects_in_one_line(call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        call(hope(["attention", "hope-attention"], cms_chunk_sizes=[4, 8]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_of_filler_only_is_finite_and_leaves_the_state() -> None:
+    model = hope(["hope", "hope-attention"], cms_chunk_sizes=[4, 8])
+    first, new = ids(2, 6), ids(2, 3)
+    mask = torch.ones(2, 9)
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        cache = model(first).past_key_values
+        out = model(new, attention_mask=mask, past_key_values=cache)
+        assert out.logits.isfinite().all()
+        later = model(new, past_key_values=cache).logits[1]
+        untouched = model(new, past_key_values=model(first).past_key_values).logits[1]
+    torch.testing.assert_close(later, untouched, rtol=1e-4, atol=1e-5)
+
+
+class Copies(torch.utils.data.Dataset):
+    """Two sequences in turn."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x = torch.randint(0, 40, (12,), generator=torch.Generator().manual_seed(index % 2))
+        return {"input_ids": x, "labels": x}
+
+
+def trainer(folder: Path, model: HopeForCausalLM, steps: int, **options: Any) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        save_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        **options,
+    )
+    return Trainer(model=model, args=arguments, train_dataset=Copies(), eval_dataset=Copies())
+
+
+def test_trainer_fits_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    kinds = {"block_types": ["hope", "hope-attention"], "cms_chunk_sizes": [4, 8], "initializer_range": 0.02}
+    whole = trainer(tmp_path / "whole", hope(**kinds).train(), 5)
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    assert whole.evaluate()["eval_loss"] < losses[0]
+    trainer(tmp_path / "halves", hope(**kinds).train(), 3).train()
+    resumed = trainer(tmp_path / "halves", hope(**kinds).train(), 5)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_forward_equals_eager() -> None:
+    model, x = hope(["attention", "hope-attention"], cms_chunk_sizes=[4, 8]), ids(2, 8)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, use_cache=False).logits, model(x).logits, rtol=1e-4, atol=1e-5)
