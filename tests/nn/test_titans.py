@@ -21,6 +21,8 @@ SWITCHES = [
     {"inner_gates": False},
     {"inner_k": False, "inner_v": False, "inner_gates": False},
     {"self_values": False},
+    {"shared_input": True},
+    {"shared_input": True, "inner_q": True},
     {"write_scale": None},
     {"retention": "zero", "bounded": False, "normalize_v": False, "clip_values": False, "norm_limit": None},
     {"read": "anchor"},
@@ -53,8 +55,9 @@ def test_streams_and_sends_a_gradient_to_every_parameter(changes: dict) -> None:
 def test_switched_off_parts_have_no_parameters() -> None:
     static = layer(inner_k=False, inner_v=False, inner_gates=False)
     assert sorted(static.start) == ["memory"]
-    assert sorted(static.static) == ["alpha", "eta", "k", "q", "v"]
-    assert sorted(layer(inner_q=True).static) == []
+    assert sorted(static.project) == ["alpha", "eta", "k", "q", "v"]
+    assert sorted(layer().project) == ["k", "q", "v"]
+    assert sorted(layer(shared_input=True).project) == ["k", "q"]
     assert layer().momentum is None
     assert not list(layer(write_scale=None).write_scale)
 

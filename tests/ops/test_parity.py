@@ -35,20 +35,17 @@ def make_start(
     )
 
 
-def make_inputs(batch: int, tokens: int, adaptive: tuple[str, ...], dtype=torch.float64, seed: int = 1):
+def make_inputs(
+    batch: int, tokens: int, adaptive: tuple[str, ...], dtype=torch.float64, seed: int = 1
+) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    shape = (batch, HEADS, tokens)
-    x = torch.randn(*shape, WIDTH, generator=g).to(dtype)
-    given = {
-        name: torch.randn(*shape, *(() if name in GATES else (WIDTH,)), generator=g).to(dtype)
-        for name in PROJECTIONS
-        if name not in adaptive
-    }
-    return x, given
+    scalar = {name for name in GATES if name not in adaptive}
+    shapes = {n: (batch, HEADS, tokens, *(() if n in scalar else (WIDTH,))) for n in PROJECTIONS}
+    return {name: torch.randn(*shape, generator=g).to(dtype) for name, shape in shapes.items()}
 
 
-def leaves(x: Tensor, given: dict[str, Tensor], start: Start) -> dict[str, Tensor]:
-    named = {"x": x, **{f"given {n}": t for n, t in given.items()}}
+def leaves(inputs: dict[str, Tensor], start: Start) -> dict[str, Tensor]:
+    named = {f"input {n}": t for n, t in inputs.items()}
     named |= {f"{n} weight {i}": w for n, ws in start.weights.items() for i, w in enumerate(ws)}
     named |= {f"bias {n}": t for n, t in start.bias.items()}
     named |= {f"scale {n}": t for n, t in start.write_scale.items()}
@@ -71,19 +68,21 @@ def relative(a: Tensor, b: Tensor) -> float:
 def compare(start: Start, rule: WriteRule, batch: int, tokens: int, dtype=torch.float64) -> dict[str, float]:
     """Relative errors of outputs, states and gradients of the fast form against the oracle."""
     adaptive = tuple(n for n in start.names if n != MEMORY)
-    x, given = make_inputs(batch, tokens, adaptive, dtype)
+    inputs = make_inputs(batch, tokens, adaptive, dtype)
+    if not rule.decay:
+        del inputs["alpha"]
     results = []
     for fast in (False, True):
-        inputs = leaves(x, given, start)
-        for t in inputs.values():
+        named = leaves(inputs, start)
+        for t in named.values():
             t.grad = None
             t.requires_grad_(True)
         if fast:
-            y, state = self_modify(x, given, start, rule)
+            y, state = self_modify(inputs, start, rule)
             finals = final_weights(state, start, rule)
             stacked = {n: ws for n, ws in finals.items()}
         else:
-            y, per_head = reference.self_modify(x, given, start, rule)
+            y, per_head = reference.self_modify(inputs, start, rule)
             stacked = {
                 n: tuple(
                     torch.stack([torch.stack([h[n][i] for h in row]) for row in per_head])
@@ -94,8 +93,8 @@ def compare(start: Start, rule: WriteRule, batch: int, tokens: int, dtype=torch.
         g = torch.Generator().manual_seed(9)
         weigh = lambda t, g=g: (t * torch.randn(t.shape, generator=g).to(dtype)).sum()  # noqa: E731
         loss = weigh(y) + sum(weigh(w) for n in start.names for w in stacked[n])
-        grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
-        results.append((y, stacked, dict(zip(inputs, grads, strict=True))))
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        results.append((y, stacked, dict(zip(named, grads, strict=True))))
     (y0, s0, g0), (y1, s1, g1) = results
     errors = {"output": relative(y1, y0)}
     errors |= {f"state {n}{i}": relative(s1[n][i], w) for n, ws in s0.items() for i, w in enumerate(ws)}
@@ -185,29 +184,29 @@ def test_float32_stays_close(structure: str, objective: str) -> None:
 def test_outer_gradient_passes_gradcheck(structure: str) -> None:
     """The outer loss is differentiated through every self-modification, by finite differences."""
     start = make_start(structure, ALL, momentum=True)
-    x, given = make_inputs(1, 5, ALL)
+    inputs = make_inputs(1, 5, ALL)
     rule = WriteRule(chunk_size=2, objective="l2", eta_max=0.5)
     weights = [w for n in start.names for w in start.weights[n]]
 
-    def run(x: Tensor, q: Tensor, b: Tensor, *flat: Tensor) -> Tensor:
+    def run(k: Tensor, v: Tensor, q: Tensor, eta: Tensor, alpha: Tensor, b: Tensor, *flat: Tensor) -> Tensor:
         it = iter(flat)
         rebuilt = {n: tuple(next(it) for _ in start.weights[n]) for n in start.names}
         head = Start(rebuilt, start.bias, start.write_scale, b)
-        return self_modify(x, {"q": q}, head, rule)[0]
+        return self_modify({"k": k, "v": v, "q": q, "eta": eta, "alpha": alpha}, head, rule)[0]
 
-    inputs = [x, given["q"], start.momentum, *weights]
-    assert torch.autograd.gradcheck(run, [t.detach().requires_grad_() for t in inputs], fast_mode=True)
+    tensors = [*(inputs[name] for name in ("k", "v", "q", "eta", "alpha")), start.momentum, *weights]
+    assert torch.autograd.gradcheck(run, [t.detach().requires_grad_() for t in tensors], fast_mode=True)
 
 
 @pytest.mark.parametrize("structure", ["linear", "mlp"])
 def test_every_memory_receives_a_gradient_through_later_outputs_only(structure: str) -> None:
     """The loss looks at tokens after the first chunk; what the first chunk wrote must reach every memory."""
     start = make_start(structure, (*ALL, "q"))
-    x, given = make_inputs(1, 12, (*ALL, "q"))
+    inputs = make_inputs(1, 12, (*ALL, "q"))
     for ws in start.weights.values():
         for w in ws:
             w.requires_grad_()
-    y, _ = self_modify(x, given, start, WriteRule(chunk_size=4))
+    y, _ = self_modify(inputs, start, WriteRule(chunk_size=4))
     y[:, :, 8:].square().sum().backward()
     for name, ws in start.weights.items():
         for w in ws:

@@ -68,10 +68,8 @@ class CausalConv(nn.Module):
         """
         B, T, D = x_BTD.shape
         past = self.kernel - 1
-        if state is None:
-            window = F.pad(x_BTD, (0, 0, past, 0))
-        else:
-            window = torch.cat([state.to(x_BTD.dtype), x_BTD], dim=1)
+        before = x_BTD.new_zeros(B, past, D) if state is None else state.to(x_BTD.dtype)
+        window = torch.cat([before, x_BTD], dim=1)
         weight = self.weight.to(x_BTD.dtype)
         y_BTD = window[:, past:] * weight[past]
         for j in range(past):

@@ -53,6 +53,8 @@ class SelfReferentialTitans(nn.Module):
             learned per head.
         inner_k, inner_v, inner_q, inner_gates: whether a memory generates k, v, q, and eta with alpha; else a
             static linear projection does.
+        shared_input: whether the memories of k, v and q read one static projection of x in place of one each. The
+            paper has neither (all read x, one head); heads need it to see all of x.
         write_scale: initial factor on what the projection memories write, learned per head through a sigmoid,
             in (0, 1); None writes in full as printed.
         retained: initial retained fractions alpha per token of the first and the last head, spaced evenly in
@@ -94,6 +96,7 @@ class SelfReferentialTitans(nn.Module):
         inner_q: bool = False,
         inner_gates: bool = True,
         self_values: bool = True,
+        shared_input: bool = False,
         retention: Literal["zero", "start"] = "start",
         write_scale: float | None = 0.05,
         eta_max: float | None = None,
@@ -135,10 +138,15 @@ class SelfReferentialTitans(nn.Module):
             del inner["alpha"]
         self.adaptive = tuple(name for name, on in inner.items() if on)
         self.conv = CausalConv(dim, conv_size)
-        # The heads' inputs to the memories that generate; where none does, nothing reads them.
-        self.mix = nn.Linear(dim, dim, bias=False) if self.adaptive else None
-        self.static = nn.ModuleDict(
-            {n: nn.Linear(dim, heads if n in GATES else dim, bias=False) for n, on in inner.items() if not on}
+        # Static projections: of a name without a memory, the projection itself; of one with a memory, that memory's
+        # input, by which every head sees all of x. The gates' memories read what the key's does.
+        self.reads = {name: "k" if name in GATES or shared_input else name for name in self.adaptive}
+        static = {name for name in inner if name not in self.adaptive}
+        self.project = nn.ModuleDict(
+            {
+                name: nn.Linear(dim, heads if name in GATES else dim, bias=False)
+                for name in sorted(static | set(self.reads.values()))
+            }
         )
         self.out = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Linear(dim, dim, bias=False) if gate else None
@@ -161,7 +169,7 @@ class SelfReferentialTitans(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew from the global random generator."""
-        for linear in (self.mix, self.out, self.gate, *self.static.values()):
+        for linear in (self.out, self.gate, *self.project.values()):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=1 / math.sqrt(self.dim))  # type: ignore[arg-type]
         self.conv.reset_parameters()
@@ -171,8 +179,9 @@ class SelfReferentialTitans(nn.Module):
                 parameter.copy_(drawn)
             if name in GATES:  # gates start at their bias: a memory that is not yet trained should not erase
                 self._weights(name)[0].mul_(0.1)
-        if isinstance(self.memories[MEMORY], LinearMemory):  # M(v) = v: it starts by storing values as they are
-            self._weights(MEMORY)[0].copy_(torch.eye(self.width))
+            elif isinstance(memory, LinearMemory) and self.reads.get(name, name) == name:
+                # M(x) = x: the main memory stores values as they are, the others pass their own projection on.
+                self._weights(name)[0].copy_(torch.eye(self.width))
         if self.rule.decay:
             shortest, longest = (math.log(1 / (1 - r)) for r in self.retained)
             lifetimes = torch.linspace(shortest, longest, self.heads).exp()
@@ -203,15 +212,14 @@ class SelfReferentialTitans(nn.Module):
         """Read and write along ``x`` (B, T, dim); ``lengths`` (B,) says how many tokens of each row count."""
         u, conv_state = self.conv(x, None if state is None else state.conv, lengths)
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
-        mixed = split(u if self.mix is None else self.mix(u))
-        given = {name: split(project(u)) for name, project in self.static.items()}
-        given = {name: t.squeeze(-1) if name in GATES else t for name, t in given.items()}
+        inputs = {name: split(project(u)) for name, project in self.project.items()}
+        inputs = {name: t.squeeze(-1) if name in GATES else t for name, t in inputs.items()}
+        inputs |= {name: inputs[read] for name, read in self.reads.items()}
         with torch.autocast(x.device.type, enabled=False):  # states stay in float32
             start = self.initial()
             dtype = start.bias["eta"].dtype
             y, core = self_modify(
-                mixed.to(dtype),
-                {name: t.to(dtype) for name, t in given.items()},
+                {name: t.to(dtype) for name, t in inputs.items()},
                 start,
                 self.rule,
                 None if state is None else state.core,

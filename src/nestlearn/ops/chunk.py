@@ -39,18 +39,18 @@ def initial_state(start: Start, rule: WriteRule, batch: int) -> CoreState:
 
 
 def self_modify(
-    x: Tensor,
-    given: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
     start: Start,
     rule: WriteRule,
     state: CoreState | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, CoreState]:
-    """Run the core of Eq. 83-90 over ``x`` (B, H, T, d).
+    """Run the core of Eq. 83-90.
 
     Args:
-        given: the projections that no memory generates: ``q``, ``k``, ``v`` as (B, H, T, d) and raw ``eta``,
-            ``alpha`` as (B, H, T). A rule without decay needs no ``alpha``.
+        inputs: by the names of ``PROJECTIONS``, what the memory of that name reads, (B, H, T, d); or, where
+            ``start`` has no such memory, the projection itself: ``q``, ``k``, ``v`` as (B, H, T, d), raw ``eta``
+            and ``alpha`` as (B, H, T). A rule without decay needs no ``alpha``.
         start: the learned initial state of every memory.
         rule: switches of the update.
         state: what an earlier piece returned; None starts afresh.
@@ -63,6 +63,7 @@ def self_modify(
     Raises:
         UserError: the state belongs to another batch size.
     """
+    x = inputs["q"]
     batch, _, tokens, _ = x.shape
     kernel = kernel_for(start, rule)
     if state is None:
@@ -85,9 +86,8 @@ def self_modify(
             moved = _choose(refresh_others, current, anchor), _choose(refresh_memory, current, anchor)
             anchor = kernel.merge(*moved) if moved[0] is not moved[1] else moved[0]
             weights = tuple(b + a for b, a in zip(base, anchor, strict=True))
-        made = kernel.generate(weights, x[:, :, i:j])
-        for name, value in given.items():
-            made[name] = value[:, :, i:j]
+        piece = {name: value[:, :, i:j] for name, value in inputs.items()}
+        made = piece | kernel.generate(weights, piece)
         eta, log_alpha = gates(made["eta"], made.get("alpha"), start, rule)
         v = unit(made["v"]) if rule.normalize_v else made["v"]
         valid = None if counts is None else counts[:, None, i:j].to(x.dtype)

@@ -1,12 +1,13 @@
 """Linear memories, all of them as rows of one matrix.
 
 Memories that share keys, step sizes and decays differ only in what they write, so five linear memories of
-one head are the row blocks of a single matrix (R, d), R = 3 d + 2: one product generates k, v and both gates,
-one makes every self-generated value, and one triangular solve writes them all.
+one head are the row blocks of a single matrix (R, d), R = 3 d + 2: one product makes every self-generated value
+and one triangular solve writes them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,13 +59,15 @@ class LinearKernel:
             return packed
         return (torch.cat([limit(w, self.rule.norm_limit) for w in packed[0].split(self.rows, dim=-2)], -2),)
 
-    def generate(self, anchor: Packed, x: Tensor) -> dict[str, Tensor]:
-        """What the projection memories make of ``x`` (B, H, c, d): raw gates (B, H, c), vectors (B, H, c, d)."""
-        if not self.others:
-            return {}
-        y = x @ anchor[0][..., : self.others, :].mT
-        parts = dict(zip(self.names[:-1], y.split(self.rows[:-1], dim=-1), strict=True))
-        return {name: part.squeeze(-1) if name in GATES else part for name, part in parts.items()}
+    def generate(self, anchor: Packed, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each projection memory makes of its input ``x[name]`` (B, H, c, d): raw gates (B, H, c), vectors
+        (B, H, c, d)."""
+        made: dict[str, Tensor] = {}
+        blocks = anchor[0].split(self.rows, dim=-2)
+        for name, block in zip(self.names[:-1], blocks, strict=False):
+            y = x[name] @ block.mT
+            made[name] = y.squeeze(-1) if name in GATES else y
+        return made
 
     def targets(self, anchor: Packed, v: Tensor) -> Tensor:
         """The value that each row is asked to give for the current key, (B, H, c, R)."""

@@ -10,6 +10,7 @@ hidden layer, decays, and needs no solve. Packed weights are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -80,21 +81,21 @@ class MLPKernel:
         """Pre-activations of every memory in ``w2`` (B, H, n d_h, d) for ``x`` (B, H, c, d): (B, H, n, c, d_h)."""
         return (x @ w2.mT).unflatten(-1, (-1, self.hidden)).transpose(-3, -2)
 
-    def outputs(self, anchor: Packed, hidden: Tensor, x: Tensor, last: int) -> tuple[Tensor, Tensor]:
-        """Gates (B, H, g, c, 1) and vectors (B, H, m, c, d) of the memories up to ``last``."""
-        gates = hidden[:, :, : self.g] @ anchor[2].mT
-        wide = x.unsqueeze(2) + hidden[:, :, self.g : last] @ anchor[1][:, :, : last - self.g].mT
-        return gates, wide
+    def outputs(self, anchor: Packed, hidden: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What every memory answers to ``x``: gates (B, H, g, c, 1) and vectors (B, H, m, c, d)."""
+        return hidden[:, :, : self.g] @ anchor[2].mT, x.unsqueeze(2) + hidden[:, :, self.g :] @ anchor[1].mT
 
-    def generate(self, anchor: Packed, x: Tensor) -> dict[str, Tensor]:
-        """What the projection memories make of ``x`` (B, H, c, d): raw gates (B, H, c), vectors (B, H, c, d)."""
-        if self.n == 1:
-            return {}
-        hidden = F.silu(self.hidden_of(anchor[0][..., : self.others, :], x))
-        gates, wide = self.outputs(anchor, hidden, x, self.n - 1)
+    def generate(self, anchor: Packed, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each projection memory makes of its input ``x[name]`` (B, H, c, d): raw gates (B, H, c), vectors
+        (B, H, c, d)."""
         made: dict[str, Tensor] = {}
+        blocks = anchor[0].split(self.hidden, dim=-2)
         for i, name in enumerate(self.names[:-1]):
-            made[name] = gates[:, :, i, :, 0] if name in GATES else wide[:, :, i - self.g]
+            hidden = F.silu(x[name] @ blocks[i].mT)
+            if name in GATES:
+                made[name] = (hidden @ anchor[2][:, :, i].mT).squeeze(-1)
+            else:
+                made[name] = x[name] + hidden @ anchor[1][:, :, i - self.g].mT
         return made
 
     def advance(
@@ -111,14 +112,14 @@ class MLPKernel:
         z = self.hidden_of(anchor[0], seg.k)
         h = F.silu(z)
         target_hidden = F.silu(self.hidden_of(anchor[0], v))
-        gate_targets, wide_targets = self.outputs(anchor, target_hidden, v, self.n)
+        gate_targets, wide_targets = self.outputs(anchor, target_hidden, v)
         gate_targets, wide_targets = clip(gate_targets, self.rule), clip(wide_targets, self.rule)
         if not self.rule.self_values:
             wide_targets = v.unsqueeze(2).expand_as(wide_targets)
         if self.rule.objective == "dot":  # its error does not look at what the memory answers
             gate_answers, wide_answers = gate_targets, wide_targets
         else:
-            gate_answers, wide_answers = self.outputs(anchor, h, seg.k, self.n)
+            gate_answers, wide_answers = self.outputs(anchor, h, seg.k)
         step = -seg.eta[:, :, None, :, None] * self.scale
         r_gates = step[:, :, : self.g] * self.objective.error(gate_answers, gate_targets)
         r_wide = step[:, :, self.g :] * self.objective.error(wide_answers, wide_targets)
