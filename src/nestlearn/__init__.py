@@ -1,3 +1,29 @@
 """Nested Learning in PyTorch: models, memories and optimizers that keep learning."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from nestlearn.models.registration import register_on_import
+
+if TYPE_CHECKING:
+    from nestlearn.models.hope import HopeConfig, HopeForCausalLM
+
 __version__ = "0.1.0"
+__all__ = ["HopeConfig", "HopeForCausalLM", "__version__"]
+
+# Names that load torch or transformers when they are first used, so that ``import nestlearn`` itself is quick.
+_LAZY = {"HopeConfig": "nestlearn.models.hope", "HopeForCausalLM": "nestlearn.models.hope"}
+
+register_on_import()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

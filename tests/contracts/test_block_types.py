@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.errors import UserError
+from nestlearn.nn import SelfReferentialTitans
 
 BLOCKS = {
     "hope": ["hope", "hope"],
@@ -346,13 +347,25 @@ def test_saved_and_loaded_bit_for_bit(kind: str, tied: bool, tmp_path: Path) -> 
 def test_missing_weights_are_drawn_and_the_others_kept(kind: str, tmp_path: Path) -> None:
     model = make(kind)
     weights = model.state_dict()
-    missing = next(name for name in weights if "layers.0.mixer" in name)
-    kept = {name: value for name, value in weights.items() if name != missing}
-    model.save_pretrained(tmp_path, state_dict=kept)
-    torch.manual_seed(99)
-    loaded = HopeForCausalLM.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in kept.items())
-    assert loaded[missing].isfinite().all()
+    mixer = [name for name in weights if "layers.0.mixer" in name]
+    for name in weights:
+        torch.nn.init.constant_(weights[name], 7.0)  # nothing that would be drawn
+    for missing in (mixer[0], mixer[-1]):
+        kept = {name: value for name, value in weights.items() if name != missing}
+        model.save_pretrained(tmp_path, state_dict=kept)
+        loaded = HopeForCausalLM.from_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in kept.items())
+        assert loaded[missing].abs().max() < 6
+
+
+def test_fresh_mixers_draw_their_own_start() -> None:
+    """Every weight of the Titans layer has the scale that the layer alone would give it."""
+    model = make("hope", initializer_range=0.001)
+    torch.manual_seed(3)
+    alone = SelfReferentialTitans(16, 2, chunk_size=4).state_dict()
+    for name, value in model.model.layers[1].mixer.state_dict().items():
+        expected = alone[name].square().mean().sqrt()
+        torch.testing.assert_close(value.square().mean().sqrt(), expected, rtol=0.7, atol=1e-6, msg=name)
 
 
 @each_kind

@@ -112,6 +112,20 @@ def test_rejects_in_one_line(call: Any, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("implementation", ["static", "offloaded", "quantized"])
+def test_other_cache_implementations_are_refused(implementation: str) -> None:
+    with pytest.raises(ValueError, match=r"[cC]ache"):
+        hope(["hope", "attention"], cms_chunk_sizes=[4, 8]).generate(
+            ids(1, 4), max_new_tokens=2, cache_implementation=implementation
+        )
+
+
+def test_prefill_in_chunks_generates_the_same() -> None:
+    model, options = hope(["hope", "attention"], cms_chunk_sizes=[4, 8]), {"max_new_tokens": 8, "do_sample": False}
+    x = ids(2, 11)
+    assert torch.equal(model.generate(x, prefill_chunk_size=3, **options), model.generate(x, **options))
+
+
 def test_a_row_of_filler_only_is_finite_and_leaves_the_state() -> None:
     model = hope(["hope", "hope-attention"], cms_chunk_sizes=[4, 8])
     first, new = ids(2, 6), ids(2, 3)
@@ -170,7 +184,9 @@ def test_trainer_fits_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-def test_compiled_forward_equals_eager() -> None:
-    model, x = hope(["attention", "hope-attention"], cms_chunk_sizes=[4, 8]), ids(2, 8)
-    compiled = torch.compile(model, backend="aot_eager")
+@pytest.mark.parametrize("kind", ["attention", "hope-attention", "hope"])
+def test_compiled_forward_equals_eager(kind: str) -> None:
+    torch.compiler.reset()
+    model, x = hope([kind], num_hidden_layers=1, cms_chunk_sizes=[4, 8]), ids(2, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=kind != "hope")
     torch.testing.assert_close(compiled(x, use_cache=False).logits, model(x).logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,145 @@
+"""One file on disk as documents of text, read lazily, with an error that names the file and the place.
+
+A text file is one document; so is a line of a ``.jsonl`` (field ``text``) and a row of a ``.parquet`` (column
+``text``). A document is an iterator of pieces, so that a text file of any length can pass through.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import importlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nestlearn.errors import UserError
+
+PIECE_BYTES = 1 << 18
+COLUMN = "text"
+
+
+def read_documents(path: Path) -> Iterator[Iterator[str]]:
+    """The documents of one file, each an iterator of text pieces. Blank documents are left out.
+
+    Raises `UserError` while it is read: for an empty, binary or non-UTF-8 file (with the byte offset), a line
+    without ``text`` (with its number), a table without that column (with those it has).
+
+    >>> import tempfile; path = Path(tempfile.mkdtemp(), "a.jsonl"); _ = path.write_text('{"text": "one"}\\n')
+    >>> ["".join(document) for document in read_documents(path)]
+    ['one']
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty: give a file that holds text")
+        if path.suffix == ".jsonl":
+            yield from (iter((text,)) for text in _jsonl(path) if text.strip())
+        elif path.suffix == ".parquet":
+            yield from (iter((text,)) for text in _parquet(path) if text.strip())
+        else:
+            path.open("rb").close()  # what cannot be opened is said here
+            yield _pieces(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def is_binary(path: Path) -> bool:
+    """Whether the first 8,192 bytes hold a zero byte, which no text does (the rule of git and grep)."""
+    with path.open("rb") as file:
+        return b"\0" in file.read(8192)
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The text of a file, verbatim but for a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0  # of the first byte that the decoder has not been given
+    blank = True
+    with path.open("rb") as file:
+        while True:
+            raw = file.read(PIECE_BYTES)
+            zero = raw.find(b"\0")
+            if zero >= 0:
+                raise UserError(f"{path} is binary (a zero byte at offset {offset + zero}): give UTF-8 text")
+            held = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                raise UserError(_not_utf8(path, offset - held + error.start)) from None
+            if offset == 0:
+                text = text.removeprefix("\ufeff")
+            offset += len(raw)
+            blank = blank and not text.strip()
+            if text:
+                yield text
+            if not raw:
+                break
+    if blank:
+        raise UserError(f"{path} holds nothing but white space: give a file that holds text")
+
+
+def _not_utf8(path: Path, offset: int) -> str:
+    return f"{path} is not UTF-8 (bad byte at offset {offset}): convert it to UTF-8"
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8").strip()
+                row = json.loads(line) if line else {COLUMN: ""}
+            except UnicodeDecodeError as error:
+                raise UserError(_not_utf8(path, offset + error.start)) from None
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
+            offset += len(raw)
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {number} is not an object: give lines like {{'{COLUMN}': '...'}}")
+            require_column(row, f"{path} line {number}", "field")
+            yield require_text(row[COLUMN], f"{path} line {number}")
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    parquet = require_extra("pyarrow.parquet", "reading .parquet")
+    try:
+        table = parquet.ParquetFile(path)
+    except ValueError:  # pyarrow.ArrowInvalid
+        raise UserError(f"{path} is not a parquet file, or a damaged one: write it again") from None
+    with table:
+        require_column(table.schema_arrow.names, str(path), "column")
+        row = 0
+        for batch in table.iter_batches(columns=[COLUMN]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                yield require_text(value, f"{path} row {row}")
+
+
+def require_column(names: Iterable[str], where: str, kind: str) -> None:
+    """Raises `UserError` with the nearest name if ``text`` is not among ``names``."""
+    columns = sorted(str(name) for name in names)
+    if COLUMN not in columns:
+        close = difflib.get_close_matches(COLUMN, columns, n=1) or ["one of them"]
+        only = f", only {', '.join(columns)}: rename {close[0]} to '{COLUMN}'" if columns else ""
+        raise UserError(f"{where} has no {kind} '{COLUMN}'{only}")
+
+
+def require_text(value: Any, where: str) -> str:
+    """``value`` if it is a string that UTF-8 can hold (a missing one counts as blank), else `UserError`."""
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: '{COLUMN}' is {type(value).__name__}, not a string")
+    text = value or ""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise UserError(f"{where}: '{COLUMN}' holds a lone surrogate, which is no character: remove it") from None
+    return text
+
+
+def require_extra(module: str, purpose: str) -> Any:
+    """Import a module of the extra ``train``, or say which extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        package = module.partition(".")[0]
+        raise UserError(f"{purpose} needs {package}: pip install 'nestlearn[train]'") from None

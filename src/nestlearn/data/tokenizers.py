@@ -1,0 +1,94 @@
+"""Tokenizers: bytes (nothing to train), a byte-level BPE trained on the corpus, or any of Hugging Face's."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from nestlearn.data.corpus import Corpus
+from nestlearn.data.streams import text_units
+from nestlearn.errors import UserError
+
+# One token begins and ends a document, as in GPT-2: a start token of its own would never be seen in packed
+# training text, and so never be learned.
+END = "<|endoftext|>"
+PAD = "<|pad|>"
+SPECIAL = (END, PAD)
+ALLOWED = "'bytes', 'bpe:SIZE', or the folder or name of a Hugging Face tokenizer"
+
+
+def load_tokenizer(spec: str, corpus: Corpus | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``spec`` names.
+
+    ``"bytes"``: ids 0 to 255 are the bytes of UTF-8, 256 begins and ends a document, 257 pads.
+    ``"bpe:SIZE"``: byte-level BPE of at most SIZE tokens (fewer if no more pairs occur twice in the text),
+    trained on ``corpus.train``, the same for the same text. Anything else goes to ``AutoTokenizer``.
+
+    Text is only text for the first two: a document that spells ``<|endoftext|>`` gives no special token, and
+    ``decode(encode(text)) == text`` for every string. Raises `UserError` for a spec that is none of these.
+
+    >>> load_tokenizer("bytes").encode("né")
+    [110, 195, 169]
+    """
+    if spec == "bytes":
+        return _wrap(_byte_level(models.BPE(vocab=_byte_vocabulary(), merges=[]), words=False))
+    if spec.partition(":")[0] == "bpe":
+        return _train_bpe(spec, corpus)
+    if not spec or (not Path(spec).exists() and difflib.get_close_matches(spec, ["bytes", "bpe"], n=1, cutoff=0.7)):
+        raise UserError(f"unknown tokenizer {spec!r}: give {ALLOWED}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"cannot load tokenizer {spec!r}: give {ALLOWED} ({reason})") from None
+    assert tokenizer is not None
+    return tokenizer
+
+
+def _train_bpe(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase:
+    size = spec.partition(":")[2]
+    least = 256 + len(SPECIAL)
+    if not size.isdecimal() or int(size) < least:
+        raise UserError(f"tokenizer {spec!r}: SIZE is the size of the vocabulary, {least} or more, as in bpe:8192")
+    if corpus is None:
+        raise UserError(f"tokenizer {spec!r} is trained on a corpus, and none is given: name one")
+    tokenizer = _byte_level(models.BPE(), words=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=int(size),
+        min_frequency=2,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        initial_alphabet=list(_byte_vocabulary()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((unit for text in corpus.train for unit in text_units([text])), trainer)
+    return _wrap(tokenizer)
+
+
+def _byte_level(model: models.Model, words: bool) -> Tokenizer:
+    """``words``: split with GPT-2's expression first, so that no token crosses a word."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """GPT-2's printable character of each byte: itself if it is one, else the next from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [byte for byte in range(256) if byte not in printable]
+    characters = {**{byte: chr(byte) for byte in printable}, **{b: chr(256 + i) for i, b in enumerate(other)}}
+    return {characters[byte]: byte for byte in range(256)}

@@ -1,0 +1,1 @@
+"""Language models after Hugging Face conventions."""

@@ -1,0 +1,311 @@
+"""Hope language models (section 8.3, Eq. 94 to 97) and their attention twins, after Hugging Face conventions.
+
+Shapes: B rows, T tokens, D channels. Every block maps (B, T, D) to (B, T, D), state in, state out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+from transformers.utils.generic import can_return_tuple
+
+from nestlearn.errors import UserError
+from nestlearn.models.hope.cache_hope import BlockState, HopeCacheLayer
+from nestlearn.models.hope.configuration_hope import HopeConfig
+from nestlearn.nn import CausalAttention, CausalConv, ContinuumMemory, SelfReferentialTitans
+
+# Arguments of SelfReferentialTitans that HopeConfig has under the same name.
+TITANS_OPTIONS = ("chunk_size", "chunk_size_other", "conv_size", "objective", "read", "delta", "decay", "momentum")
+TITANS_OPTIONS += ("inner_k", "inner_v", "inner_q", "inner_gates", "self_values", "retention", "write_scale")
+TITANS_OPTIONS += ("eta_max", "bounded", "normalize_v", "clip_values", "norm_limit", "retained", "gate", "shared_input")
+
+
+def make_titans(config: HopeConfig) -> SelfReferentialTitans:
+    """The token mixer of a "hope" block."""
+    return SelfReferentialTitans(
+        config.hidden_size,
+        config.num_attention_heads,
+        memory=config.memory_type,  # type: ignore[arg-type]  # the layer checks the name
+        memory_hidden=config.memory_hidden_size,
+        **{name: getattr(config, name) for name in TITANS_OPTIONS},
+    )
+
+
+def make_memory(config: HopeConfig, block_type: str) -> ContinuumMemory:
+    """The continuum memory of a block; that of a Transformer++ block is its one SwiGLU MLP."""
+    plain = block_type == "attention"
+    return ContinuumMemory(
+        config.hidden_size,
+        config.cms_chunk_sizes[-1:] if plain else config.cms_chunk_sizes,
+        "sequential" if plain else config.cms_variant,  # type: ignore[arg-type]
+        hidden=config.intermediate_size,
+        activation="swiglu" if plain else config.cms_activation,  # type: ignore[arg-type]
+        norm_eps=config.rms_norm_eps,
+    )
+
+
+class HopeBlock(GradientCheckpointingLayer):
+    """One block: ``h = x + mixer(norm(x))``, then the continuum memory ``y = CMS(h)`` (Eq. 94 to 97).
+
+    Args:
+        config: shape and switches.
+        layer_idx: which block this is; ``config.block_types`` says of what type.
+    """
+
+    def __init__(self, config: HopeConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.block_types is not None
+        block_type = config.block_types[layer_idx]
+        self.layer_idx = layer_idx
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # The Titans layer brings its own convolution.
+        self.conv = CausalConv(config.hidden_size, config.conv_size) if block_type == "hope-attention" else None
+        self.mixer: SelfReferentialTitans | CausalAttention
+        if block_type == "hope":
+            self.mixer = make_titans(config)
+        else:
+            self.mixer = CausalAttention(config.hidden_size, config.num_attention_heads, rope_theta=config.rope_theta)
+        self.memory = make_memory(config, block_type)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        lengths: Int[Tensor, " B"] | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Apply the block to right-compacted rows; ``past_key_values`` is read and updated in place."""
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        assert layer is None or isinstance(layer, HopeCacheLayer)
+        past = None if layer is None else layer.state
+        u, conv = self.norm(hidden_states), None
+        if self.conv is not None:
+            u, conv = self.conv(u, None if past is None else past.conv, lengths)
+        mixed, state = self.mixer(u, None if past is None else past.mixer, lengths)  # type: ignore[arg-type]
+        if layer is not None:
+            layer.store(BlockState(state, conv), hidden_states)
+        return self.memory(hidden_states + mixed)[0]
+
+
+class HopePreTrainedModel(PreTrainedModel):
+    """What all Hope models share: names, abilities and the way fresh weights are drawn."""
+
+    config_class = HopeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HopeBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True  # transformers then refuses assisted decoding, which has to take tokens back
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Without the flag that transformers passes for classes from elsewhere: with it, a module that has only
+        # submodules' parameters, such as the Titans layer, counts as loaded and is left without its own start.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, CausalConv | SelfReferentialTitans):
+            # These draw all their weights themselves. Those that a checkpoint brought stay as they are.
+            parameters = list(module.parameters())
+            loaded = [(p, p.clone()) for p in parameters if getattr(p, "_is_hf_initialized", False)]
+            if len(loaded) < len(parameters):
+                module.reset_parameters()
+            for parameter, value in loaded:
+                parameter.copy_(value)
+        else:
+            super()._init_weights(module)
+
+
+class HopeModel(HopePreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(HopeBlock(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of every token.
+
+        Args:
+            input_ids: the new tokens; or ``inputs_embeds``, their embeddings.
+            attention_mask: (B, T) or (B, past + T), zero where a row holds filler, which may stand anywhere: it
+                changes no state and no position. Hidden states at filler are finite and meaningless.
+            past_key_values: the state after earlier tokens, read and updated in place.
+            use_cache: whether to return the state; by default ``config.use_cache`` outside training.
+            output_hidden_states: whether to return those after the embedding and after every block too.
+
+        Raises:
+            UserError: inputs that do not fit one another or ask for what the model cannot give.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give either input_ids or inputs_embeds to a Hope model, not both or neither")
+        for name in ("position_ids", "output_attentions"):
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise UserError(f"a Hope model has no {name}: leave it out")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:
+                raise UserError("gradient checkpointing replays a block, so it cannot update past_key_values")
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            self._check_cache(past_key_values, hidden_states)
+
+        valid = valid_columns(attention_mask, hidden_states)
+        lengths = order = None
+        if valid is not None:
+            # Once for all blocks: the valid tokens of each row go to its front, and back at the end.
+            lengths = valid.sum(1)
+            order = torch.argsort((~valid).byte(), dim=1, stable=True)
+            hidden_states = permute(hidden_states, order)
+            order = torch.argsort(order, dim=1)
+
+        def restore(states: Tensor) -> Tensor:
+            return states if order is None else permute(states, order)
+
+        collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        collected = []
+        for block in self.layers:
+            if collect:
+                collected.append(restore(hidden_states))
+            hidden_states = block(hidden_states, lengths=lengths, past_key_values=past_key_values)
+        hidden_states = restore(self.norm(hidden_states))
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*collected, hidden_states) if collect else None,
+        )
+
+    def _check_cache(self, cache: Cache, hidden_states: Tensor) -> None:
+        layers = cache.layers
+        if len(layers) != len(self.layers) or not all(isinstance(layer, HopeCacheLayer) for layer in layers):
+            raise UserError("past_key_values does not fit this model: make it by DynamicCache(config=model.config)")
+        if cache.offloading:
+            raise UserError("a Hope model's cache cannot be offloaded: leave cache_implementation out")
+        size = cache.batch_size
+        if size not in (-1, hidden_states.shape[0]):
+            raise UserError(
+                f"past_key_values holds {size} rows, but the input has {hidden_states.shape[0]}: "
+                "repeat the cache with batch_repeat_interleave, or start a new one"
+            )
+
+
+class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
+    """Hope with a language modelling head; ``block_types`` chooses Hope, Hope-Attention or Transformer++ blocks.
+
+    ``generate()`` carries a state whose size does not grow with the text in "hope" blocks.
+
+    >>> model = HopeForCausalLM(HopeConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
+    >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+    torch.Size([1, 3, 32])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__(config)
+        self.model = HopeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of every token and, given ``labels``, the mean cross entropy in nats per token.
+
+        Args:
+            labels: token ids as in ``input_ids``, -100 where there is nothing to predict; they are shifted here,
+                and those that a column of filler would predict are left out.
+            logits_to_keep: how many of the last columns to give logits for, 0 for all; or their indices.
+
+        The other arguments are those of :meth:`HopeModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            if attention_mask is not None:
+                # What a filler column predicts is meaningless: it has even seen the tokens that follow it.
+                filler = attention_mask[:, attention_mask.shape[1] - labels.shape[1] : -1] == 0
+                labels = labels.masked_fill(F.pad(filler, (1, 0)), -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_static_cache(self, cache_implementation: str, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(
+            f"a Hope model has no cache_implementation={cache_implementation!r}: leave it out, the state of "
+            '"hope" blocks has a constant size anyway'
+        )
+
+
+def valid_columns(mask: Tensor | None, hidden_states: Float[Tensor, "B T D"]) -> Bool[Tensor, "B T"] | None:
+    """Which of the new columns are valid; None if all are (one device synchronisation to find out)."""
+    if mask is None:
+        return None
+    B, T = hidden_states.shape[:2]
+    if mask.ndim != 2 or mask.shape[0] != B or mask.shape[1] < T:
+        raise UserError(
+            f"attention_mask of shape {tuple(mask.shape)} for {B} rows of {T} tokens: it must be two-dimensional, "
+            "one row per sequence, and cover at least the new tokens"
+        )
+    valid = mask[:, mask.shape[1] - T :].bool()
+    return None if valid.all() else valid
+
+
+def permute(states: Float[Tensor, "B T D"], order: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    """Reorder the columns of each row."""
+    return states.gather(1, order[..., None].expand_as(states))
+
+
+AutoModel.register(HopeConfig, HopeModel)
+AutoModelForCausalLM.register(HopeConfig, HopeForCausalLM)
