@@ -77,7 +77,11 @@ def self_modify(
     counts = None if lengths is None else torch.arange(tokens, device=x.device) < lengths[:, None].to(x.device)
 
     outputs = []
-    for i, j, refresh_others, refresh_memory in _segments(state.clock, lengths, tokens, rule):
+    segments = list(_segments(state.clock, lengths, tokens, rule))
+    # Split once: slicing piece by piece would make the backward pass fill the whole sequence for every piece.
+    sizes = [j - i for i, j, *_ in segments]
+    pieces = {name: value.split(sizes, dim=2) for name, value in inputs.items()}
+    for n, (i, j, refresh_others, refresh_memory) in enumerate(segments):
         if refresh_others is not False or refresh_memory is not False:
             limited = kernel.limit(current)
             at_others = _choose(refresh_others, limited, current)
@@ -86,7 +90,7 @@ def self_modify(
             moved = _choose(refresh_others, current, anchor), _choose(refresh_memory, current, anchor)
             anchor = kernel.merge(*moved) if moved[0] is not moved[1] else moved[0]
             weights = tuple(b + a for b, a in zip(base, anchor, strict=True))
-        piece = {name: value[:, :, i:j] for name, value in inputs.items()}
+        piece = {name: values[n] for name, values in pieces.items()}
         made = piece | kernel.generate(weights, piece)
         eta, log_alpha = gates(made["eta"], made.get("alpha"), start, rule)
         v = unit(made["v"]) if rule.normalize_v else made["v"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.memory import objectives
-from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, clip, limit
+from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, clip, shrink
 from nestlearn.ops.segment import Segment
 
 Packed = tuple[Tensor, ...]
@@ -55,9 +55,12 @@ class LinearKernel:
 
     def limit(self, packed: Packed) -> Packed:
         """Each memory's matrix within the norm limit."""
-        if self.rule.norm_limit is None:
+        bound = self.rule.norm_limit
+        if bound is None:
             return packed
-        return (torch.cat([limit(w, self.rule.norm_limit) for w in packed[0].split(self.rows, dim=-2)], -2),)
+        squares = packed[0].square().sum(-1, keepdim=True).split(self.rows, dim=-2)
+        factors = [shrink(s.sum(-2, keepdim=True), (s.shape[-2], self.width), bound).expand_as(s) for s in squares]
+        return (packed[0] * torch.cat(factors, dim=-2),)
 
     def generate(self, anchor: Packed, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each projection memory makes of its input ``x[name]`` (B, H, c, d): raw gates (B, H, c), vectors

@@ -146,7 +146,7 @@ def gates(raw_eta: Tensor, raw_alpha: Tensor | None, start: Start, rule: WriteRu
     if not rule.decay:
         return eta, torch.zeros_like(eta)
     assert raw_alpha is not None
-    log_alpha = F.logsigmoid(raw_alpha + start.bias["alpha"][:, None])
+    log_alpha = F.logsigmoid(raw_alpha + start.bias["alpha"][:, None]).clamp_min(-60)  # 1 / alpha stays finite
     return (eta * log_alpha.exp() if rule.bounded else eta), log_alpha
 
 
@@ -154,6 +154,10 @@ def limit(weights: Tensor, norm_limit: float | None) -> Tensor:
     """Scale matrices (..., m, n) so that their root mean square singular value is at most ``norm_limit``."""
     if norm_limit is None:
         return weights
-    most = norm_limit * min(weights.shape[-2:]) ** 0.5
-    norm = weights.square().sum((-2, -1), keepdim=True).clamp_min(most**2).sqrt()
-    return weights * (most / norm)
+    return weights * shrink(weights.square().sum((-2, -1), keepdim=True), weights.shape[-2:], norm_limit)
+
+
+def shrink(squares: Tensor, shape: tuple[int, ...], norm_limit: float) -> Tensor:
+    """The factor, at most 1, that keeps matrices of ``shape`` (m, n) with summed ``squares`` to the limit."""
+    most = norm_limit**2 * min(shape)
+    return (most / squares.clamp_min(most)).sqrt()

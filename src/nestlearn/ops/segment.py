@@ -37,7 +37,7 @@ class Segment:
         write: ``U`` (B, H, c, c), lower triangular; the same tensor as ``ratio`` without momentum.
         carry: ``c`` (B, H, c), coefficient of the carried momentum, or None.
         momentum: (``b_bar`` (B, H, c), ``B`` (B, H, c, c)) for the momentum itself, or None.
-        factor: ``I + T`` (B, H, c, c), or None where nothing is erased.
+        factor: ``I + T`` below its unit diagonal, (B, H, c, c), or None where nothing is erased.
         before: ``gamma_{t-1}`` (B, H, c).
     """
 
@@ -76,7 +76,9 @@ class Segment:
         before = (log_gamma - log_alpha).exp()
         factor = None
         if delta:
-            factor = eta.unsqueeze(-1) * _shift(ratio) * (k @ k.mT)
+            # eta_t gamma_{t-1} / gamma_s = (eta_t / alpha_t) Gamma_ts.
+            # The solve reads nothing on or above the diagonal.
+            factor = (eta * (-log_alpha).exp()).unsqueeze(-1) * ratio * (k @ k.mT)
         return cls(k, eta, log_gamma.exp(), before, ratio, write, carry, momentum, factor)
 
     def stacked(self) -> Segment:
@@ -100,15 +102,14 @@ class Segment:
         """
         if self.factor is None:
             return [(self.write, h)]
-        eta = self.eta.unsqueeze(-1)
-        erased = self.before.unsqueeze(-1) * (self.k @ s0.mT)
+        erased = -(self.eta * self.before).unsqueeze(-1) * (self.k @ s0.mT)
         if p0 is None:
             # Writes and erasures have the same table, so one solve gives their sum.
-            return [(self.ratio, self._solve(h - eta * erased))]
+            return [(self.ratio, self._solve(h + erased))]
         assert self.carry is not None
-        erased = erased + _shift_rows(self.carry).unsqueeze(-1) * (self.k @ p0.mT)
-        erased = erased + (_shift(self.write) * (self.k @ self.k.mT)) @ h
-        return [(self.write, h), (self.ratio, self._solve(-eta * erased))]
+        erased = erased - (self.eta * _shift_rows(self.carry)).unsqueeze(-1) * (self.k @ p0.mT)
+        erased = erased - (self.eta.unsqueeze(-1) * _shift(self.write) * (self.k @ self.k.mT)) @ h
+        return [(self.write, h), (self.ratio, self._solve(erased))]
 
     def _solve(self, rows: Tensor) -> Tensor:
         assert self.factor is not None
@@ -129,14 +130,15 @@ class Segment:
         self, keys: Tensor, h: Tensor, terms: Terms, s0: Tensor, p0: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """State and momentum after the last token, shapes of ``s0`` (..., r, n)."""
-        rows = sum((table[..., -1, :, None] * rows for table, rows in terms), start=torch.zeros(()).to(h))
-        s = self.gamma[..., -1, None, None] * s0 + rows.mT @ keys
+        s = self.gamma[..., -1, None, None] * s0
+        for table, rows in terms:
+            s = s + rows.mT @ (table[..., -1, :, None] * keys)
         if p0 is None:
             return s, None
         assert self.carry is not None
         assert self.momentum is not None
         b_bar, b_table = self.momentum
-        p = b_bar[..., -1, None, None] * p0 + (b_table[..., -1, :, None] * h).mT @ keys
+        p = b_bar[..., -1, None, None] * p0 + h.mT @ (b_table[..., -1, :, None] * keys)
         return s + self.carry[..., -1, None, None] * p0, p
 
 
