@@ -155,9 +155,7 @@ def table(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data/wikitext2"), help="folder of the three splits"
-    )
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/wikitext2"), help="the three splits")
     parser.add_argument("--out", type=Path, default=Path("runs/wikitext2"), help="folder of the cells")
     parser.add_argument("--tokens", type=int, default=600_000, help="training tokens of each cell")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), help="only these")

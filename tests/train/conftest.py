@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from nestlearn.train.recipe import BaselineRecipe, DataRecipe, ModelRecipe, Recipe, TrainRecipe
+from nestlearn.train.run import train
 
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
 
@@ -12,11 +14,11 @@ SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, tie_wor
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "corpus.txt"
-    path.write_text("".join(f"line {i}: {i * i % 97} foxes jump over {i % 13} dogs\n" for i in range(300)))
+    path.write_text("".join(f"line {i}: {i * i % 97} foxes jump over {i % 13} dogs\n" for i in range(120)))
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(text: Path) -> Recipe:
     """12 steps of 2 x 2 sequences of 32 tokens, a checkpoint every 3 steps, no baseline."""
     return Recipe(
@@ -36,7 +38,16 @@ def recipe(text: Path) -> Recipe:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def straight(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights that ``recipe`` gives when nothing goes wrong."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train(recipe, out)
+    return (out / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
 def hope_recipe(recipe: Recipe) -> Recipe:
     """The same with Hope and the baseline beside it."""
     model = ModelRecipe("hope", SIZES | {"intermediate_size": 96, "chunk_size": 8, "cms_chunk_sizes": [8, 32]})

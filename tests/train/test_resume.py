@@ -85,15 +85,14 @@ def test_every_format_is_safetensors_or_json(stopped: Path) -> None:
     assert suffixes == {".safetensors", ".json", ".jsonl", ".toml"}
 
 
-def test_resumes_over_what_a_kill_left(recipe: Recipe, stopped: Path, tmp_path: Path) -> None:
+def test_resumes_over_what_a_kill_left(recipe: Recipe, straight: bytes, stopped: Path) -> None:
     parent = stopped / "checkpoints"
     shutil.copytree(parent / "checkpoint-9", parent / ".checkpoint-12.partial")
     (parent / ".checkpoint-12.partial" / "optimizer.safetensors").write_bytes(b"half")
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write('{"model": "transformer++", "st')
     train(recipe, stopped, resume=True)
-    train(recipe, tmp_path / "whole")
-    assert digest(stopped / "model.safetensors") == digest(tmp_path / "whole" / "model.safetensors")
+    assert (stopped / "model.safetensors").read_bytes() == straight
     assert [row["step"] for row in read_metrics(stopped / "metrics.jsonl") if "loss" in row] == list(range(1, 13))
 
 
@@ -121,12 +120,12 @@ def test_foreign_checkpoint_is_one_line(recipe: Recipe, stopped: Path, content: 
         manifest.unlink()
     else:
         manifest.write_text(content)
-    with pytest.raises(UserError, match="checkpoint-9 is (no|damaged)|no nestlearn checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoint-9 is (no|damaged)|no nestlearn checkpoint"):
         train(recipe, stopped, resume=True)
 
 
 def test_other_data_or_recipe_is_refused(recipe: Recipe, stopped: Path, text: Path) -> None:
-    with pytest.raises(UserError, match="another recipe .train.learning_rate differ"):
+    with pytest.raises(UserError, match=r"another recipe .train.learning_rate differ"):
         train(recipe.replace("train", learning_rate=1e-4), stopped, resume=True)
     original = text.read_text()
     try:
@@ -152,9 +151,11 @@ def test_finished_run_resumes_to_its_result(recipe: Recipe, tmp_path: Path) -> N
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4)
 trees = st.recursive(
     leaves | st.integers(0, 5).map(lambda n: torch.arange(n, dtype=torch.float64) / 3),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(st.integers() | st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.integers() | st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

@@ -169,9 +169,10 @@ class SelfReferentialTitans(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew from the global random generator."""
-        for linear in (self.out, self.gate, *self.project.values()):
+        for linear in (self.gate, *self.project.values()):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=1 / math.sqrt(self.dim))  # type: ignore[arg-type]
+        nn.init.normal_(self.out.weight, std=0.02)  # a fresh layer adds little to the residual stream
         self.conv.reset_parameters()
         nn.init.ones_(self.norm.weight)
         for name, memory in self.memories.items():
