@@ -57,7 +57,8 @@ class ContinuumMemory(nn.Module):
         dim: channels D.
         chunk_sizes: tokens between two updates of each level, fast to slow, so in increasing order.
         variant: how the levels are joined; only "sequential" (Eq. 73) exists so far.
-        hidden: hidden width of all levels together, in channels; every level gets an equal share.
+        hidden: hidden width of all levels together, in channels; every level gets an equal share. None gives
+            each level 4 ``dim``.
         activation: "swiglu", or "mlp" for the paper's two-layer MLP.
         norm_eps: added to the mean square inside each norm.
 
@@ -66,7 +67,7 @@ class ContinuumMemory(nn.Module):
             positive or not in increasing order, or a hidden width that does not split evenly.
 
     >>> import torch
-    >>> ContinuumMemory(8, chunk_sizes=[16, 64], hidden=32)(torch.randn(2, 5, 8))[0].shape
+    >>> ContinuumMemory(8, chunk_sizes=[16, 64])(torch.randn(2, 5, 8))[0].shape
     torch.Size([2, 5, 8])
     """
 
@@ -76,7 +77,7 @@ class ContinuumMemory(nn.Module):
         chunk_sizes: Sequence[int],
         variant: Literal["sequential", "nested", "independent"] = "sequential",
         *,
-        hidden: int,
+        hidden: int | None = None,
         activation: Literal["swiglu", "mlp"] = "swiglu",
         norm_eps: float = 1e-6,
     ) -> None:
@@ -93,6 +94,7 @@ class ContinuumMemory(nn.Module):
                 f"chunk_sizes={sizes}: give at least one positive integer, in tokens, ordered fast to slow "
                 "(increasing), e.g. [64, 512, 4096]"
             )
+        hidden = 4 * dim * len(sizes) if hidden is None else hidden
         share, rest = divmod(hidden, len(sizes))
         if share < 1 or rest:
             raise UserError(
