@@ -26,6 +26,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     beside = Path(name)
     try:
         write(beside)
+        make_readable(beside)
         sync_file(beside)
         os.replace(beside, path)
     finally:
@@ -36,6 +37,13 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
+
+
+def make_readable(path: Path) -> None:
+    """Give a file that was written as a temporary one, readable by its owner alone, the usual permissions."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def sync_file(path: Path) -> None:

@@ -1,0 +1,233 @@
+"""The command line. Heavy imports are inside the commands, so that ``--help`` and a mistyped option answer at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from nestlearn.errors import UserError
+
+# Typer re-exports this subclass of its UsageError, whose module has moved between versions.
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="nestlearn",
+    help="Train and use models that keep learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@app.callback()
+def _root() -> None:
+    """Train and use language models after Nested Learning."""
+
+
+@app.command()
+def train(
+    preset: Annotated[str | None, typer.Option(help="A recipe that comes with the package: tiny.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A recipe file; RUN/run.toml repeats a run.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Train on this: stdlib, a file, a folder or hf:NAME.", metavar="SOURCE")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder. By default the next runs/NAME-NUMBER.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out, or the last one of that name.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the first weights and the order of the data.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="The budget of each model, in tokens.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model and the baseline beside it.
+
+    Everything but these options stands in the recipe. The run folder holds the model as from_pretrained reads it,
+    metrics.jsonl, curves.png, result.json and run.toml, the full recipe.
+
+    Example: nestlearn train --preset tiny --data book.txt
+    """
+    from nestlearn.train.recipe import load_preset, load_recipe
+
+    if preset is not None and config is not None:
+        raise UserError("--preset and --config are two recipes: give one of them")
+    if preset is not None:
+        recipe, name = load_preset(preset), preset
+    elif config is not None:
+        recipe, name = load_recipe(config), config.stem
+    elif resume and out is not None:
+        if not (out / "run.toml").is_file():
+            raise UserError(f"{out} holds no run to resume (run.toml is missing): check --out")
+        recipe, name = load_recipe(out / "run.toml"), out.name
+    else:
+        raise UserError("no recipe: give --preset tiny or --config FILE, or --resume with --out")
+    if data is not None:
+        recipe = recipe.replace("data", source=data)
+    if seed is not None:
+        recipe = recipe.replace(seed=seed)
+    if tokens is not None:
+        recipe = recipe.replace("train", tokens=tokens)
+
+    from nestlearn.train import run
+
+    try:
+        result = run.train(recipe, out or _run_folder(Path("runs"), name, resume), resume)
+    except run.Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(130) from stop
+    if as_json:
+        _print_json(result)
+    else:
+        _print_result(result)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run folder, or any folder of save_pretrained.")],
+    data: Annotated[str, typer.Option(help="Read this: stdlib, a file, a folder or hf:NAME.", metavar="SOURCE")],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens the model sees at a time. By default its training length.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between two windows. By default --context.")] = None,
+    carry_state: Annotated[
+        bool, typer.Option("--carry-state", help="Read the text in one pass; memory stays constant (Hope blocks).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity and bits per byte of a model on text.
+
+    Of data with a validation split that split is read, of other data everything.
+
+    Example: nestlearn eval runs/tiny-1 --data book.txt --context 512 --stride 256
+    """
+    from nestlearn.data import stream_documents
+    from nestlearn.train.evaluate import evaluate_text
+
+    split, documents = stream_documents(data)
+    loaded, tokenizer = _load(model)
+    length = context if context is not None else loaded.config.max_position_embeddings
+    result = evaluate_text(loaded, tokenizer, documents, context_length=length, stride=stride, carry_state=carry_state)
+    if as_json:
+        _print_json({"model": str(model), "data": data, "split": split, **result})
+        return
+    print(f"perplexity     {result['perplexity']:.4f}")
+    print(f"bits per byte  {result['bits_per_byte']:.4f}")
+    print(f"read           {data} ({split}): {result['tokens']:,} tokens, {result['bytes']:,} bytes")
+    print(f"protocol       {result['protocol']}")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A run folder, or any folder of save_pretrained.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same text for the same seed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, printed as it comes.
+
+    Example: nestlearn generate runs/tiny-1 --prompt "def main("
+    """
+    from nestlearn.train.generate import generate_text
+
+    loaded, tokenizer = _load(model)
+    given = sys.stdin.read() if prompt == "-" else prompt
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    if not as_json:
+        show(given)
+    text = generate_text(
+        loaded,
+        tokenizer,
+        given,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        on_text=None if as_json else show,
+    )
+    if as_json:
+        _print_json({"model": str(model), "prompt": given, "text": text})
+    else:
+        show("\n")
+
+
+def _run_folder(parent: Path, name: str, resume: bool) -> Path:
+    """The first of ``NAME-1``, ``NAME-2``, ... that does not exist; the one before it to resume."""
+    number = 1
+    while (parent / f"{name}-{number}").exists():
+        number += 1
+    return parent / f"{name}-{max(1, number - 1) if resume else number}"
+
+
+def _load(folder: Path) -> Any:
+    """Model and tokenizer, without transformers' bar for the loading of the weights."""
+    from transformers.utils import logging
+
+    from nestlearn.train import loading
+
+    logging.disable_progress_bar()
+    return loading.load_model(folder)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"\ntrained on {result['data']}", markup=False, soft_wrap=True)
+    table = Table(caption=f"validation: {result['models'][0]['validation']['protocol']}", caption_justify="left")
+    for column in ("model", "parameters", "tokens", "perplexity", "bits/byte", "tokens/s"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for entry in result["models"]:
+        validation = entry["validation"]
+        table.add_row(
+            entry["model"],
+            f"{entry['parameters']:,}",
+            f"{entry['tokens']:,}",
+            f"{validation['perplexity']:.3f}",
+            f"{validation['bits_per_byte']:.3f}",
+            f"{entry['tokens_per_second']:,.0f}",
+        )
+    console.print(table)
+    sample = result["sample"]
+    console.print(f"\n[bold]sample of {result['models'][0]['model']}[/bold]")
+    console.print(sample["prompt"], style="dim", markup=False, end="")
+    console.print(sample["text"], markup=False)
+    console.print(f"\nrun folder: {result['folder']}", markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The console entry: a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    try:
+        code = app(prog_name="nestlearn", standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except ClickException as error:  # an unknown command or option, a missing or wrong argument
+        _fail(" ".join(error.format_message().split()))  # pyrefly: ignore[missing-attribute]
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

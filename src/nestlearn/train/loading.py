@@ -1,0 +1,142 @@
+"""A model folder from the disk, with one line for the user about whatever is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from nestlearn.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+
+def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer from a folder that ``save_pretrained`` wrote, for inference.
+
+    On the GPU if there is one, in the data type it was saved in. Only safetensors are read, never a pickle,
+    and no code from the folder is run. Raises `UserError` for a missing folder or file, a ``config.json``
+    that is damaged or of another kind of model, weights that are truncated or do not fit it, and a
+    tokenizer that is missing or too large for the model.
+
+    >>> load_model("no/such/folder")
+    Traceback (most recent call last):
+        ...
+    nestlearn.errors.UserError: no model folder 'no/such/folder': give the run folder of `nestlearn train`
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"no model folder {str(path)!r}: give the run folder of `nestlearn train`")
+    config = _config(folder)
+    _check_weights(folder)
+    tokenizer = _tokenizer(folder)
+    model = _weights(folder, config)
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise UserError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model {size}: they do not belong together"
+        )
+    if torch.cuda.is_available():
+        model.cuda()
+    return model.eval(), tokenizer
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if "model_type" not in _json(path):
+        raise UserError(f"{path} names no model_type: it is not the config.json of a language model")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"cannot use {path}: {_line(error)}") from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{path} is of type {config.model_type!r}, which is no causal language model")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    """Every file of weights is there and its header fits its length."""
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(_json(folder / INDEX)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError):
+            raise UserError(f"{folder / INDEX} has no weight_map: save the model again") from None
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            pickled = [file.name for file in sorted(folder.glob("*.bin"))]
+            hint = f" ({pickled[0]} is a pickle and is not read)" if pickled else ""
+            raise UserError(f"{folder} has no {name}{hint}: save the model with save_pretrained")
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = _line(error)
+            raise UserError(f"{folder / name} is corrupt or truncated ({reason}): use another checkpoint") from None
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        missing = not (folder / "tokenizer.json").is_file()
+        what = "has no tokenizer" if missing else f"has a damaged tokenizer ({_line(error)})"
+        raise UserError(f"{folder} {what}: copy the tokenizer files of the model into it") from None
+    assert tokenizer is not None
+    return tokenizer
+
+
+def _weights(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report of what does not fit is ours to give, in one line
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot load {folder}: {_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    for kind, what in (("missing_keys", "are missing"), ("mismatched_keys", "have another shape")):
+        names = sorted(key if isinstance(key, str) else key[0] for key in report[kind])
+        if names:
+            raise UserError(
+                f"the weights in {folder} do not fit its config.json: {len(names)} {what}, {names[0]} for one"
+            )
+    return model
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no model folder: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {_line(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object: save the model again")
+    return value
+
+
+def _line(error: Exception) -> str:
+    """The first sentence of an error that may be a page long."""
+    return " ".join(str(error).split())[:120]

@@ -1,0 +1,304 @@
+"""A training run: the model of a recipe, and the baseline beside it, into one folder.
+
+RUN/run.toml            the full recipe: ``nestlearn train --config RUN/run.toml`` repeats the run
+RUN/config.json, RUN/model.safetensors, tokenizer files: for ``AutoModelForCausalLM.from_pretrained(RUN)``
+RUN/metrics.jsonl       a line a log event
+RUN/result.json         parameters, tokens per second, validation perplexity and bits per byte, a sample
+RUN/curves.png          loss against tokens of every model
+RUN/baseline/           the same for the baseline
+RUN/checkpoints/        while it runs: what ``--resume`` continues from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import Subset
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+
+from nestlearn.data import Corpus, PackedTokens, load_corpus, load_tokenizer, pack
+from nestlearn.errors import UserError
+from nestlearn.files import make_readable, sync_file, write_atomic, write_json
+from nestlearn.train.baseline import matching_config
+from nestlearn.train.callbacks import Interrupt, Metrics, Progress, Throughput, read_metrics
+from nestlearn.train.checkpoint import list_checkpoints, step_of, sweep, verify
+from nestlearn.train.curves import plot_curves
+from nestlearn.train.evaluate import evaluate_text
+from nestlearn.train.generate import generate_text
+from nestlearn.train.model import architecture, build, count_parameters, model_config, parameter_count, resolved_options
+from nestlearn.train.recipe import BaselineRecipe, ModelRecipe, Recipe, differences, dump, load_recipe
+from nestlearn.train.trainer import LanguageModelTrainer, NotFinite, export, training_arguments
+
+RECIPE, RESULT, METRICS, CURVES = "run.toml", "result.json", "metrics.jsonl", "curves.png"
+CHECKPOINTS, BASELINE = "checkpoints", "baseline"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by Ctrl-C; the message says how to resume it."""
+
+
+class Data(NamedTuple):
+    """What both models read: the corpus, its tokens in training blocks, and a hash that names them."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    train: PackedTokens
+    validation: PackedTokens
+    fingerprint: str
+
+
+class Phase(NamedTuple):
+    """One model of the run: its folder, the recipe that would train it alone, and its architecture."""
+
+    folder: Path
+    recipe: Recipe
+    config: PreTrainedConfig
+
+    @property
+    def name(self) -> str:
+        return self.recipe.model.kind
+
+
+def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, Any]:
+    """Train what ``recipe`` says into the folder ``out`` and return what ``result.json`` holds.
+
+    With ``resume`` the run in ``out`` is continued from its last checkpoint; on a CPU the final weights are
+    those of an uninterrupted run to the bit. Raises `UserError` for everything a user can put right (a folder
+    that holds something else, bad data, a damaged checkpoint, a full disk, a loss that is not finite) and
+    `Interrupted` after Ctrl-C.
+
+    >>> result = train(load_preset("tiny"), "runs/tiny")                              # doctest: +SKIP
+    >>> result["models"][0]["validation"]["bits_per_byte"]                            # doctest: +SKIP
+    """
+    out = Path(out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training in several processes is not supported yet: start it without torchrun")
+    _check_folder(out, resume)
+    recipe = resolve(recipe)
+    if resume:
+        _check_same_recipe(recipe, out)
+    steps = recipe.steps  # raises before anything is read
+    data = read_data(recipe)
+    phases = _phases(recipe, data, out)
+    try:
+        if not resume:
+            _write_recipe(recipe, out)
+        return _run(recipe, phases, data, out)
+    except NotFinite as error:
+        raise UserError(f"{error} of {steps}: {_kept(out)}; start again with a lower learning rate") from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted: {_kept(out)}; resume with: {resume_command(out)}") from error
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise UserError(f"cannot write to {out} ({error.strerror}): give another folder with --out") from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        line = f"the disk is full: {_kept(out)}; free some space and resume with: {resume_command(out)}"
+        raise UserError(line) from error
+
+
+def resume_command(out: Path) -> str:
+    """The command line that continues the run in ``out``.
+
+    >>> resume_command(Path("runs/tiny"))
+    'nestlearn train --resume --out runs/tiny'
+    """
+    return f"nestlearn train --resume --out {shlex.quote(str(out))}"
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The same recipe with every default written out and paths made absolute, so that it can be run anywhere."""
+    if recipe.model.kind == recipe.baseline.kind:
+        raise UserError(f'baseline.kind is {recipe.baseline.kind!r} like the model: set it to "none"')
+    paths = {name: getattr(recipe.data, name) for name in ("source", "tokenizer")}
+    absolute = {name: str(Path(value).resolve()) for name, value in paths.items() if Path(value).exists()}
+    resolved = recipe.replace("data", **absolute).replace("model", **resolved_options(recipe.model))
+    if recipe.baseline.kind != "none" and recipe.baseline.learning_rate is None:
+        resolved = resolved.replace("baseline", learning_rate=recipe.train.learning_rate)
+    return resolved
+
+
+def read_data(recipe: Recipe) -> Data:
+    """Corpus, tokenizer and blocks of a recipe. Raises `UserError` for data that cannot be trained on."""
+    corpus = load_corpus(recipe.data.source)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, corpus)
+    length = recipe.data.sequence_length
+    train = pack(corpus.train, tokenizer, length)
+    validation = pack(corpus.validation, tokenizer, length, name="validation")
+    batch = recipe.train.batch_size
+    if len(train) < batch:
+        raise UserError(
+            f"the train text has {len(train)} sequences of {length} tokens, less than one batch of {batch}: "
+            "give more text, or lower data.sequence_length or train.batch_size"
+        )
+    fingerprint = hashlib.sha256(train.ids.tobytes()).hexdigest()
+    return Data(corpus, tokenizer, train, validation, fingerprint)
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give a folder for the run with --out")
+    if resume and not (out / RECIPE).is_file():
+        raise UserError(f"{out} holds no run to resume ({RECIPE} is missing): check --out, or leave out --resume")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: add --resume to continue its run, or give another folder with --out")
+
+
+def _check_same_recipe(recipe: Recipe, out: Path) -> None:
+    keys = differences(recipe, load_recipe(out / RECIPE))
+    if keys:
+        raise UserError(
+            f"{out} was started with another recipe ({', '.join(keys[:3])} differ): resume with "
+            f"'{resume_command(out)}', or start a new run in another folder"
+        )
+
+
+def _kept(out: Path) -> str:
+    """Where the newest checkpoint of a run is, in words."""
+    found = [*list_checkpoints(out / CHECKPOINTS), *list_checkpoints(out / BASELINE / CHECKPOINTS)]
+    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def _phases(recipe: Recipe, data: Data, out: Path) -> list[Phase]:
+    """The model, and the baseline if there is one. Raises `UserError` for a model that cannot be built."""
+    config = model_config(recipe.model, data.tokenizer, recipe.data.sequence_length)
+    parameters = parameter_count(config)
+    phases = [Phase(out, recipe, config)]
+    if recipe.baseline.kind != "none":
+        beside = matching_config(config, parameters)
+        model = ModelRecipe(recipe.baseline.kind, architecture(beside, recipe.baseline.kind))
+        alone = dataclasses.replace(recipe, model=model, baseline=BaselineRecipe())
+        alone = alone.replace("train", learning_rate=recipe.baseline.learning_rate)
+        phases.append(Phase(out / BASELINE, alone, beside))
+    return phases
+
+
+def _run(recipe: Recipe, phases: list[Phase], data: Data, out: Path) -> dict[str, Any]:
+    results = []
+    for phase in phases:
+        result = _read_result(phase.folder)
+        if result is None:
+            if phase.folder != out:
+                _write_recipe(phase.recipe, phase.folder)
+            result = _train_phase(phase, data)
+            write_json(phase.folder / RESULT, result)
+        shutil.rmtree(phase.folder / CHECKPOINTS, ignore_errors=True)
+        results.append(result)
+    entries = [result["models"][0] | {"folder": name} for result, name in zip(results, (".", BASELINE), strict=False)]
+    whole = results[0] | {"models": entries}
+    write_json(out / RESULT, whole)
+    rows = {entry["model"]: read_metrics(out / entry["folder"] / METRICS) for entry in entries}
+    plot_curves(out / CURVES, rows, f"{' and '.join(rows)} on {Path(recipe.data.source).name}")
+    return whole | {"folder": str(out)}
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    write_atomic(folder / RECIPE, lambda path: path.write_text(dump(recipe)))
+
+
+def _read_result(folder: Path) -> dict[str, Any] | None:
+    path = folder / RESULT
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _train_phase(phase: Phase, data: Data) -> dict[str, Any]:
+    recipe = phase.recipe
+    checkpoints = phase.folder / CHECKPOINTS
+    sweep(checkpoints)
+    last = max(list_checkpoints(checkpoints), key=step_of, default=None)
+    if last is not None:
+        verify(last)
+    set_seed(recipe.seed)
+    model = build(phase.config)
+    throughput = Throughput()
+    progress = Progress(phase.name, throughput)
+    interrupt = Interrupt()
+    trainer = LanguageModelTrainer(
+        model=model,
+        args=training_arguments(recipe, checkpoints),
+        train_dataset=data.train,
+        eval_dataset=_spread(data.validation, recipe.train.eval_tokens),
+        tokenizer=data.tokenizer,
+        fingerprint=data.fingerprint,
+        callbacks=[throughput, Metrics(phase.folder / METRICS, phase.name, throughput), progress, interrupt],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if last is not None and step_of(last) >= recipe.steps:  # killed between the last step and the result
+        trainer._load_from_checkpoint(str(last))
+    else:
+        try:
+            with interrupt:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            progress.close()
+        if interrupt.requested:
+            raise KeyboardInterrupt
+    return _finish(phase, data, model)
+
+
+def _spread(blocks: PackedTokens, tokens: int) -> Subset:
+    """About ``tokens`` tokens of the blocks, taken at even distances."""
+    count = min(len(blocks), max(1, tokens // blocks.sequence_length))
+    return Subset(blocks, [i * len(blocks) // count for i in range(count)])
+
+
+def _finish(phase: Phase, data: Data, model: PreTrainedModel) -> dict[str, Any]:
+    """Evaluate the trained model, publish its files and describe it."""
+    model.eval()
+    model.config.use_cache = True
+    rows = read_metrics(phase.folder / METRICS)
+    entry = {
+        "model": phase.name,
+        "folder": ".",
+        "parameters": count_parameters(model),
+        "steps": phase.recipe.steps,
+        "tokens": rows[-1]["tokens"],
+        "learning_rate": phase.recipe.train.learning_rate,
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows if "loss" in row),
+        "validation": _validate(model, phase, data),
+    }
+    sample = _sample(model, phase, data)
+    _publish(model, data, phase.folder)
+    return {"data": data.corpus.description, "models": [entry], "sample": sample}
+
+
+def _validate(model: PreTrainedModel, phase: Phase, data: Data) -> dict[str, Any]:
+    return evaluate_text(
+        model,
+        data.tokenizer,
+        data.corpus.validation,
+        context_length=phase.recipe.data.sequence_length,
+        batch_size=phase.recipe.train.batch_size,
+        max_tokens=phase.recipe.train.final_eval_tokens,
+    )
+
+
+def _sample(model: PreTrainedModel, phase: Phase, data: Data) -> dict[str, str]:
+    """How the model goes on after the first words of the validation text."""
+    prompt = data.corpus.validation[0].lstrip()[:40].rpartition(" ")[0]
+    text = generate_text(model, data.tokenizer, prompt, max_new_tokens=200, temperature=0.8, seed=phase.recipe.seed)
+    return {"prompt": prompt, "text": text}
+
+
+def _publish(model: PreTrainedModel, data: Data, folder: Path) -> None:
+    """Put the model's files into the run folder, each complete when it appears, the weights last."""
+    beside = folder / ".export"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        export(model, data.tokenizer, beside)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == "model.safetensors"):
+            make_readable(path)
+            sync_file(path)
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    sync_file(folder)

@@ -1,0 +1,197 @@
+"""The Hugging Face Trainer with checkpoints of our kind and a stop at the first number that is not finite.
+
+Only the hooks that read and write files, or that see the loss, are overridden; the loop is the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.utils import logging as hf_logging
+
+from nestlearn.errors import UserError
+from nestlearn.train.checkpoint import commit, disk_errors, load_state, save_state
+
+if TYPE_CHECKING:
+    from nestlearn.train.recipe import Recipe
+
+
+class NotFinite(UserError):
+    """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
+
+
+def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    """The Trainer's arguments for a recipe: one process, AdamW fused, nothing reported anywhere.
+
+    ``folder`` receives the checkpoints.
+    """
+    train = recipe.train
+    gpu = torch.cuda.is_available()
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and gpu and torch.cuda.is_bf16_supported())
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        warmup_steps=math.ceil(train.warmup * recipe.steps),
+        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
+        weight_decay=train.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch_fused",  # 3.5 times faster than the plain loop on a CPU
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=bf16,
+        use_cpu=not gpu,
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,  # `training_step` stops at such a loss instead of hiding it
+        eval_strategy="steps",
+        eval_steps=train.eval_every,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        prediction_loss_only=True,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="all",
+        report_to="none",
+        disable_tqdm=True,  # the progress bar is a callback of ours
+        log_level="error",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # never DataParallel: it would multiply the batch
+    return arguments
+
+
+class LanguageModelTrainer(Trainer):
+    """``transformers.Trainer`` for a causal language model, resumable to the bit on a CPU.
+
+    ``tokenizer`` is saved beside the weights; ``fingerprint`` names the training data in every checkpoint, and
+    resuming on other data raises `UserError`. Raises `NotFinite` before a step that would spoil the weights.
+    """
+
+    def __init__(self, *, tokenizer: PreTrainedTokenizerBase, fingerprint: str, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        use_cache = model.config.use_cache
+        super().__init__(**kwargs)
+        assert self.args.output_dir is not None
+        self._folder = Path(self.args.output_dir)
+        self._tokenizer = tokenizer
+        self._fingerprint = fingerprint
+        self._use_cache = use_cache  # the Trainer turns it off while it trains
+        self._staging: Path | None = None
+
+    # The loss and the gradient
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NotFinite(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):
+            raise NotFinite(f"the gradient became {float(norm)} at step {self.state.global_step + 1}")
+        return norm
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Weight decay is for matrices: gains, biases and other vectors are left alone."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    # Saving: the Trainer writes into a folder that `commit` renames when all of it is on the disk
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+
+        def fill(folder: Path) -> None:
+            # The Trainer makes `checkpoint-STEP` inside its output folder; its files belong one level up.
+            self._staging = folder
+            try:
+                super(LanguageModelTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            for path in (folder / name).iterdir():
+                path.rename(folder / path.name)
+            (folder / name).rmdir()
+
+        commit(self._folder, name, fill)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = self._folder if output_dir is None else Path(output_dir)
+        export(self.accelerator.unwrap_model(self.model), self._tokenizer, folder, self._use_cache)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+        save_state(Path(output_dir) / "optimizer", state | {"data": self._fingerprint})
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
+        state["cpu"] = torch.random.get_rng_state()
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        save_state(Path(output_dir) / "random", state)
+
+    # Resuming
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        assert model is not None
+        weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        shared = set(getattr(model, "all_tied_weights_keys", {}))  # saved once, under the other name
+        wrong = (set(model.state_dict()) - shared) ^ (set(weights) - shared)
+        if wrong:
+            raise UserError(f"{resume_from_checkpoint} holds another model: it differs in {sorted(wrong)[0]}")
+        model.load_state_dict(weights, strict=False)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_state(Path(checkpoint) / "optimizer")
+        if state["data"] != self._fingerprint:
+            raise UserError(
+                f"the training data is not what {checkpoint} was trained on: restore it, or start a new run"
+            )
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_state(Path(checkpoint) / "random")
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.random.set_rng_state(state["cpu"])
+        if torch.cuda.is_available() and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+def export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, use_cache: bool = True) -> None:
+    """Write ``config.json``, ``model.safetensors`` and the tokenizer, as ``from_pretrained`` reads them."""
+    training = model.config.use_cache
+    model.config.use_cache = use_cache
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # "Writing model shards" in the middle of our own bar
+    try:
+        with disk_errors():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    finally:
+        model.config.use_cache = training
+        if bars:
+            hf_logging.enable_progress_bar()

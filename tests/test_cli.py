@@ -1,0 +1,187 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nestlearn import cli
+from nestlearn.train.recipe import BaselineRecipe, DataRecipe, ModelRecipe, Recipe, TrainRecipe, dump, load_recipe
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``nestlearn WORDS``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["nestlearn", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert isinstance(stop.value.code, int)
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with corpus.txt and recipe.toml, which trains a Hope model and a baseline in a second."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "corpus.txt").write_text("".join(f"line {i} has {i * i % 97} foxes\n" for i in range(200)))
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96)
+    recipe = Recipe(
+        data=DataRecipe("corpus.txt", sequence_length=32),
+        model=ModelRecipe("hope", sizes | {"chunk_size": 8, "cms_chunk_sizes": [8, 32]}),
+        train=TrainRecipe(tokens=6 * 64, batch_size=2, log_every=2, eval_tokens=64, final_eval_tokens=200),
+        baseline=BaselineRecipe("transformer++"),
+    )
+    (folder / "recipe.toml").write_text(dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(workplace: Path) -> Path:
+    from nestlearn.train.run import train
+
+    recipe = load_recipe(workplace / "recipe.toml").replace("data", source=str(workplace / "corpus.txt"))
+    train(recipe, workplace / "trained")
+    return workplace / "trained"
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from nestlearn import cli; sys.argv = ['nestlearn', 'train', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'transformers', 'numpy', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "--preset" in finished.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"]])
+def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    code, out, err = run(capsys, monkeypatch, *command, "--help")
+    assert (code, err) == (0, "")
+    assert "Usage: nestlearn" in out
+    assert "--help" in out
+    if command:
+        assert "--json" in out
+        assert "Example: nestlearn" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["train", "--presett", "tiny"], "No such option: --presett"),
+        (["train", "--preset", "tyni"], "unknown preset 'tyni'; did you mean 'tiny'? (allowed: tiny)"),
+        (["train", "--preset", "tiny", "--config", "x"], "--preset and --config are two recipes"),
+        (["train"], "no recipe: give --preset tiny or --config FILE"),
+        (["train", "--resume", "--out", "absent"], "absent holds no run to resume"),
+        (["train", "--seed", "x", "--preset", "tiny"], "Invalid value for '--seed'"),
+        (["train", "--preset", "tiny", "--tokens", "-5"], "train.tokens in recipe must be at least 1, got -5"),
+        (["train", "--config", "absent.toml"], "cannot read the recipe absent.toml: No such file or directory"),
+        (["train", "--preset", "tiny", "--data", "absent.txt"], "absent.txt"),
+        (["eval", "absent", "--data", "stdlib"], "no model folder 'absent'"),
+        (["eval", "absent"], "Missing option '--data'"),
+        (["eval", "absent", "--data", "absent.txt"], "absent.txt"),
+        (["generate", "absent", "--prompt", "x"], "no model folder 'absent'"),
+        (["generate"], "Missing argument 'model'"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_prints_a_table_a_sample_and_the_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workplace: Path
+) -> None:
+    monkeypatch.chdir(workplace)
+    for number in (1, 2):  # a second run never touches the first
+        code, out, _ = run(capsys, monkeypatch, "train", "--config", "recipe.toml")
+        assert code == 0
+        assert (workplace / "runs" / f"recipe-{number}" / "model.safetensors").is_file()
+        assert out.rstrip().endswith(f"run folder: runs/recipe-{number}")
+    for word in ("hope", "transformer++", "perplexity", "bits/byte", "tokens/s", "parameters", "sample of hope"):
+        assert word in out
+    first, second = (workplace / "runs" / f"recipe-{n}" / "model.safetensors" for n in (1, 2))
+    assert first.read_bytes() == second.read_bytes()
+    code, again, _ = run(capsys, monkeypatch, "train", "--config", "recipe.toml", "--resume")
+    assert (code, again) == (0, out)
+
+
+def test_train_options_change_the_recipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workplace: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("other words\n" * 200)
+    out_folder, file = str(tmp_path / "run"), str(workplace / "recipe.toml")
+    words = ["--config", file, "--data", str(other), "--out", out_folder, "--seed", "7", "--tokens", "128", "--json"]
+    code, out, err = run(capsys, monkeypatch, "train", *words)
+    assert code == 0
+    result = json.loads(out)
+    assert out.count("\n") == 1
+    assert "hope:" in err
+    assert result["folder"] == out_folder
+    assert [entry["steps"] for entry in result["models"]] == [2, 2]
+    recipe = load_recipe(tmp_path / "run" / "run.toml")
+    assert (recipe.seed, recipe.train.tokens, recipe.data.source) == (7, 128, str(other))
+    code, out, err = run(capsys, monkeypatch, "train", *words)
+    assert code == 2
+    assert "is not empty: add --resume" in err
+
+
+def test_eval(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
+    data = str(trained.parent / "corpus.txt")
+    code, out, err = run(capsys, monkeypatch, "eval", str(trained), "--data", data, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert result["context_length"] == result["stride"] == 32  # the training length
+    assert result["bytes"] == Path(data).stat().st_size
+    assert 1 < result["perplexity"] < 400
+    code, out, _ = run(capsys, monkeypatch, "eval", str(trained), "--data", data, "--context", "16", "--stride", "8")
+    assert "windows of 16 tokens every 8" in out
+    assert "bits per byte" in out
+    code, out, _ = run(capsys, monkeypatch, "eval", str(trained), "--data", data, "--carry-state", "--json")
+    assert code == 0
+    assert json.loads(out)["carry_state"]
+    baseline = str(trained / "baseline")
+    code, out, err = run(capsys, monkeypatch, "eval", baseline, "--data", data, "--carry-state")
+    assert (code, out) == (2, "")
+    assert "'hope' blocks" in err
+
+
+def test_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
+    words = ["generate", str(trained), "--prompt", "line 1", "--max-new-tokens", "20", "--seed", "5"]
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert (code, err) == (0, "")
+    assert out.startswith("line 1")
+    code, as_json, _ = run(capsys, monkeypatch, *words, "--json")
+    result = json.loads(as_json)
+    assert result["prompt"] + result["text"] + "\n" == out
+    monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("line 1"))
+    code, piped, _ = run(capsys, monkeypatch, *words[:2], "--prompt", "-", *words[4:])
+    assert piped == out
+
+
+def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nestlearn.train.loading.load_model", interrupted)
+    code, _, err = run(capsys, monkeypatch, "generate", str(trained), "--prompt", "x")
+    assert code == 130
+    assert "Traceback" not in err

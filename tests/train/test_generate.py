@@ -1,0 +1,106 @@
+"""Text that is given out as it comes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nestlearn.data import load_tokenizer
+from nestlearn.errors import UserError
+from nestlearn.train.generate import _Relay, generate_text
+
+BYTES = load_tokenizer("bytes")
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def relayed(data: bytes) -> list[str]:
+    """What is given out when the bytes come one by one, the prompt first."""
+    pieces: list[str] = []
+    relay = _Relay(BYTES, pieces.append)
+    relay.put(torch.tensor([[1, 2, 3]]))
+    for byte in data:
+        relay.put(torch.tensor([byte]))
+    relay.end()
+    return pieces
+
+
+@pytest.mark.parametrize("text", ["naïve é\nü x", "日本語の文 と 日", "a 日\n", "emoji 👩‍🔬 end", "é", "한국어 글", ""])
+def test_no_piece_ends_inside_a_character(text):
+    pieces = relayed(text.encode())
+    assert "".join(pieces) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_text_comes_before_the_end():
+    assert relayed(b"one two\nthree four") == ["one ", "two\n", "three ", "four"]
+
+
+def test_a_character_cut_off_by_the_end_is_dropped():
+    assert "".join(relayed("ab 日".encode()[:-1])) == "ab "
+
+
+def test_pieces_add_up_to_what_the_model_generates(llama):
+    pieces: list[str] = []
+    text = generate_text(llama, BYTES, "def ", max_new_tokens=60, temperature=0, on_text=pieces.append)
+    inputs = torch.tensor([list(b"def ")])
+    expected = llama.generate(inputs, max_new_tokens=60, do_sample=False, eos_token_id=256, pad_token_id=257)
+    decoded = BYTES.decode(expected[0, 4:], skip_special_tokens=True)
+    assert text == "".join(pieces) == decoded.rstrip("\N{REPLACEMENT CHARACTER}")
+    assert len(text) > 0
+
+
+def test_same_seed_same_text_and_the_random_state_is_left_alone(llama):
+    before = torch.get_rng_state()
+    texts = [generate_text(llama, BYTES, "x", max_new_tokens=40, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_small_top_p_is_greedy(llama):
+    greedy = generate_text(llama, BYTES, "x", max_new_tokens=30, temperature=0)
+    assert generate_text(llama, BYTES, "x", max_new_tokens=30, top_p=1e-6, seed=0) == greedy
+    assert generate_text(llama, BYTES, "x", max_new_tokens=30, temperature=1e-3, seed=0) == greedy
+
+
+def test_the_end_of_the_document_ends_it(llama):
+    class Ending(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits[..., 256] = 1e4
+            return output
+
+    assert generate_text(Ending(llama.config).eval(), BYTES, "x", max_new_tokens=30) == ""
+
+
+def test_an_empty_prompt_begins_a_document(llama, monkeypatch):
+    given = {}
+    stub = SimpleNamespace(device=llama.device, generate=lambda **inputs: given.update(inputs))
+    generate_text(stub, BYTES, "")
+    assert given["input_ids"].tolist() == [[256]]
+
+
+def test_prompt_that_is_no_text(llama):
+    with pytest.raises(UserError, match="not UTF-8"):
+        generate_text(llama, BYTES, b"caf\xe9".decode("utf-8", "surrogateescape"))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": float("nan")}]
+)
+def test_values_out_of_range(llama, bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        generate_text(llama, BYTES, "x", **bad)
