@@ -56,7 +56,7 @@ class Metrics(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         lines = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= state.global_step]
         text = "".join(line + "\n" for line in lines)
-        write_atomic(self.path, lambda path: path.write_text(text) and None)
+        write_atomic(self.path, lambda path: path.write_text(text))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # the curves end where the run does
