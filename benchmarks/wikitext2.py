@@ -44,7 +44,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "Transformer++": {"kind": "transformer++"},
     "Hope, one CMS level": {**HOPE, "cms_chunk_sizes": [4096]},
     "Hope, static projections": {**HOPE, "inner_k": False, "inner_v": False, "inner_gates": False},
+    "Hope, chunk 16": {**HOPE, "chunk_size": 16},
     "Hope, anchor reads, chunk 16": {**HOPE, "read": "anchor", "chunk_size": 16},
+    "Hope, anchor reads": {**HOPE, "read": "anchor"},
+    "Hope, retention toward zero": {**HOPE, "retention": "zero"},
+    "Hope, full writes": {**HOPE, "write_scale": None},
+    "Hope, no erasure": {**HOPE, "delta": False},
+    "Hope, momentum": {**HOPE, "momentum": True},
+    "Hope, MLP memories": {**HOPE, "memory_type": "mlp"},
 }
 SEARCHED = tuple(MODELS)[:4]
 """The models of the comparison; the others are ablations, run once with seed 0 at Hope's learning rate."""
