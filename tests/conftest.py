@@ -1,10 +1,16 @@
-"""What every test shares: where the real data is, and one thread so that runs are bit-repeatable."""
+"""What every test shares: checked shapes, where the real data is, and one thread so that runs are bit-repeatable."""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# Shapes in the signatures are checked in tests and cost nothing in use. Modules that check what a user gives are left
+# out: beartype would speak before they do.
+CHECKED = ["memory.rules", "ops.segment", "ops.linear", "ops.mlp", "ops.chunk", "nn.attention", "nn.convolution"]
+install_import_hook([f"nestlearn.{name}" for name in CHECKED], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.memory.objectives import Objective
 from nestlearn.memory.structures import LinearMemory
 
 Gate = float | Tensor
+Matrix = Float[Tensor, "*b o i"]
+Key = Float[Tensor, "*b i"]
+Value = Float[Tensor, "*b o"]
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -31,7 +35,7 @@ def _over(gate: Gate, dims: int) -> Gate:
     return gate[(...,) + (None,) * dims] if isinstance(gate, Tensor) else gate
 
 
-def hebbian(w: Tensor, k: Tensor, v: Tensor, eta: Gate, alpha: Gate = 1.0) -> Tensor:
+def hebbian(w: Matrix, k: Key, v: Value, eta: Gate, alpha: Gate = 1.0) -> Matrix:
     """Hebbian rule with decay (Eq. 5, 64): ``alpha W + eta v k^T``, a gradient step on ``-<W k, v>``.
 
     >>> hebbian(torch.zeros(1, 2), torch.tensor([1.0, 0.0]), torch.tensor([3.0]), eta=0.5)
@@ -40,7 +44,7 @@ def hebbian(w: Tensor, k: Tensor, v: Tensor, eta: Gate, alpha: Gate = 1.0) -> Te
     return _over(alpha, 2) * w + _over(eta, 2) * outer(v, k)
 
 
-def delta(w: Tensor, k: Tensor, v: Tensor, eta: Gate, alpha: Gate = 1.0) -> Tensor:
+def delta(w: Matrix, k: Key, v: Value, eta: Gate, alpha: Gate = 1.0) -> Matrix:
     """Delta rule (Eq. 65) after a decay: ``alpha W - eta (alpha W k - v) k^T``, the gated delta rule.
 
     For a unit key and ``eta = 1`` the new memory answers ``v`` exactly.
@@ -49,7 +53,7 @@ def delta(w: Tensor, k: Tensor, v: Tensor, eta: Gate, alpha: Gate = 1.0) -> Tens
     return w - _over(eta, 2) * outer(_read(w, k) - v, k)
 
 
-def oja(w: Tensor, k: Tensor, v: Tensor, eta: Gate, alpha: Gate = 1.0) -> Tensor:
+def oja(w: Matrix, k: Key, v: Value, eta: Gate, alpha: Gate = 1.0) -> Matrix:
     """Oja's rule (Eq. 66-67): ``alpha W + eta v (k - W^T v)^T``, which normalises the memory as it writes."""
     return _over(alpha, 2) * w + _over(eta, 2) * outer(v, k - _read(w.mT, v))
 
@@ -65,7 +69,7 @@ def omega(w: Tensor, k: Tensor, v: Tensor, eta: Gate, gamma: Tensor, objective: 
     return _over(alpha, 2) * w - _over(eta, 2) * (error.mT @ k)
 
 
-def dgd(w: Tensor, k: Tensor, error: Tensor, eta: Gate, alpha: Gate = 1.0) -> Tensor:
+def dgd(w: Matrix, k: Key, error: Value, eta: Gate, alpha: Gate = 1.0) -> Matrix:
     """Delta gradient descent with weight decay (Eq. 57, 88): ``W (alpha I - eta k k^T) - eta error k^T``.
 
     ``error`` is the derivative of the loss with respect to ``W k``, taken at ``W`` or, in a chunk, at an
@@ -84,14 +88,14 @@ def implicit_step(eta: Gate, k: Tensor) -> Gate:
 
 
 def ggd(
-    w: Tensor,
-    k: Tensor,
+    w: Matrix,
+    k: Key,
     value: Callable[[Tensor, Tensor], Tensor],
     objective: Objective,
     eta: Gate,
     alpha: Gate = 1.0,
     steps: int = 1,
-) -> Tensor:
+) -> Matrix:
     """Generalised gradient descent (Definition 5, Eq. 59-60): explicit steps on
     ``objective(W k, u) + 1/(2 eta) ||W - alpha W_t||^2`` with the self-generated value ``u = value(W_t, k)``.
 

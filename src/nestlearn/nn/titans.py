@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nestlearn.errors import UserError, nearest
 from nestlearn.memory import LinearMemory, MLPMemory
@@ -226,7 +227,7 @@ class SelfReferentialTitans(nn.Module):
                 None if state is None else state.core,
                 lengths,
             )
-            y = self.norm(y)
+            y = F.rms_norm(y, (self.width,), self.norm.weight.to(dtype), self.norm.eps)
         y = y.transpose(1, 2).flatten(-2).to(u.dtype)
         if self.gate is not None:
             y = y * torch.sigmoid(self.gate(u))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nestlearn.errors import UserError
@@ -43,8 +44,8 @@ def self_modify(
     start: Start,
     rule: WriteRule,
     state: CoreState | None = None,
-    lengths: Tensor | None = None,
-) -> tuple[Tensor, CoreState]:
+    lengths: Int[Tensor, " B"] | None = None,
+) -> tuple[Float[Tensor, "B H T d"], CoreState]:
     """Run the core of Eq. 83-90.
 
     Args:

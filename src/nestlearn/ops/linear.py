@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.memory import objectives
@@ -72,8 +73,8 @@ class LinearKernel:
             made[name] = y.squeeze(-1) if name in GATES else y
         return made
 
-    def targets(self, anchor: Packed, v: Tensor) -> Tensor:
-        """The value that each row is asked to give for the current key, (B, H, c, R)."""
+    def targets(self, anchor: Packed, v: Float[Tensor, "B H c d"]) -> Float[Tensor, "B H c R"]:
+        """The value that each row is asked to give for the current key."""
         generated = len(self.names) if self.rule.self_values else sum(n in GATES for n in self.names)
         rows = self.rows[:generated]
         made = (v @ anchor[0][..., : sum(rows), :].mT).split(rows, dim=-1) if rows else ()

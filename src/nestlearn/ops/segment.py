@@ -10,8 +10,8 @@ carried momentum ``P_0``, and the erase vectors ``z_t = -eta_t S_{t-1} k_t`` of 
 lower-triangular system. The tables and the triangular factor depend on k, eta and alpha alone: they are
 computed once a segment and serve every memory.
 
-Shapes: B batch, H heads, c tokens of the segment, r rows (outputs) of a weight matrix, n its columns. Memories
-that are stacked in one more dimension (B, H, m, ...) broadcast against ``stacked()`` tables.
+Shapes: B batch, H heads, c tokens of the segment, d channels of a key, r rows (outputs) of a weight matrix, n its
+columns; ``*b`` is (B, H), or (B, H, m) for memories that are stacked and broadcast against ``stacked()`` tables.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+Table = Float[Tensor, "*b c c"]
+PerToken = Float[Tensor, "*b c"]
 Terms = list[tuple[Tensor, Tensor]]
-"""Pairs (table (B, H, c, c), rows (B, H, c, r)): coefficients of the rank-one terms ``rows_s key_s^T``."""
+"""Pairs (table (*b, c, c), rows (*b, c, r)): coefficients of the rank-one terms ``rows_s key_s^T``."""
 
 
 @dataclass
@@ -41,19 +44,25 @@ class Segment:
         before: ``gamma_{t-1}`` (B, H, c).
     """
 
-    k: Tensor
-    eta: Tensor
-    gamma: Tensor
-    before: Tensor
-    ratio: Tensor
-    write: Tensor
-    carry: Tensor | None
-    momentum: tuple[Tensor, Tensor] | None
-    factor: Tensor | None
+    k: Float[Tensor, "*b c d"]
+    eta: PerToken
+    gamma: PerToken
+    before: PerToken
+    ratio: Table
+    write: Table
+    carry: PerToken | None
+    momentum: tuple[PerToken, Table] | None
+    factor: Table | None
 
     @classmethod
     def of(
-        cls, k: Tensor, eta: Tensor, log_alpha: Tensor, b: Tensor | None, valid: Tensor | None, delta: bool
+        cls,
+        k: Float[Tensor, "B H c d"],
+        eta: Float[Tensor, "B H c"],
+        log_alpha: Float[Tensor, "B H c"],
+        b: Float[Tensor, " H"] | None,
+        valid: Float[Tensor, "B 1 c"] | None,
+        delta: bool,
     ) -> Segment:
         """Tables from keys (B, H, c, d), ``eta`` and ``log_alpha`` (B, H, c), momentum fraction ``b`` (H,) and
         which tokens count, ``valid`` (B, 1, c). A token that does not count leaves every state as it was."""
@@ -95,8 +104,10 @@ class Segment:
             factor=None,
         )
 
-    def terms(self, h: Tensor, s0: Tensor, p0: Tensor | None) -> Terms:
-        """The rank-one terms of writes ``h`` (B, H, c, r) on a state ``s0`` (B, H, r, n) with momentum ``p0``.
+    def terms(
+        self, h: Float[Tensor, "*b c r"], s0: Float[Tensor, "*b r n"], p0: Float[Tensor, "*b r n"] | None
+    ) -> Terms:
+        """The rank-one terms of writes ``h`` on a state ``s0`` with momentum ``p0``.
 
         With DGD the erase vectors come from one triangular solve for all r rows at once.
         """
@@ -115,8 +126,15 @@ class Segment:
         assert self.factor is not None
         return torch.linalg.solve_triangular(self.factor, rows, upper=False, unitriangular=True)
 
-    def read(self, q: Tensor, keys: Tensor, terms: Terms, s0: Tensor, p0: Tensor | None) -> Tensor:
-        """``S_t q_t`` after each token, (B, H, c, r), for queries and keys (B, H, c, n): the dual form."""
+    def read(
+        self,
+        q: Float[Tensor, "*b c n"],
+        keys: Float[Tensor, "*b c n"],
+        terms: Terms,
+        s0: Float[Tensor, "*b r n"],
+        p0: Float[Tensor, "*b r n"] | None,
+    ) -> Float[Tensor, "*b c r"]:
+        """``S_t q_t`` after each token, without ever forming ``S_t``: the dual form."""
         y = self.gamma.unsqueeze(-1) * (q @ s0.mT)
         if p0 is not None:
             assert self.carry is not None
@@ -127,9 +145,14 @@ class Segment:
         return y
 
     def last(
-        self, keys: Tensor, h: Tensor, terms: Terms, s0: Tensor, p0: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """State and momentum after the last token, shapes of ``s0`` (..., r, n)."""
+        self,
+        keys: Tensor,
+        h: Float[Tensor, "*b c r"],
+        terms: Terms,
+        s0: Float[Tensor, "*b r n"],
+        p0: Float[Tensor, "*b r n"] | None,
+    ) -> tuple[Float[Tensor, "*b r n"], Float[Tensor, "*b r n"] | None]:
+        """State and momentum after the last token; ``keys`` (*b or B H, c, n)."""
         s = self.gamma[..., -1, None, None] * s0
         for table, rows in terms:
             s = s + rows.mT @ (table[..., -1, :, None] * keys)
