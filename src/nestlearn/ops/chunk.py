@@ -97,7 +97,7 @@ def self_modify(
         v = unit(made["v"]) if rule.normalize_v else made["v"]
         valid = None if counts is None else counts[:, None, i:j].to(x.dtype)
         segment = Segment.of(unit(made["k"]), eta, log_alpha, start.momentum, valid, rule.delta)
-        y, current, momentum = kernel.advance(base, weights, current, momentum, unit(made["q"]), v, segment)
+        y, current, momentum = kernel.advance(weights, current, momentum, unit(made["q"]), v, segment)
         outputs.append(y)
 
     seen = torch.full((batch,), tokens) if lengths is None else lengths.cpu()

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.memory import objectives
-from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, clip, shrink
+from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, clip, exceeds, shrink
 from nestlearn.ops.segment import Segment
 
 Packed = tuple[Tensor, ...]
@@ -57,7 +57,7 @@ class LinearKernel:
     def limit(self, packed: Packed) -> Packed:
         """Each memory's matrix within the norm limit."""
         bound = self.rule.norm_limit
-        if bound is None:
+        if bound is None or not exceeds(packed[0].split(self.rows, dim=-2), bound):
             return packed
         squares = packed[0].square().sum(-1, keepdim=True).split(self.rows, dim=-2)
         factors = [shrink(s.sum(-2, keepdim=True), (s.shape[-2], self.width), bound).expand_as(s) for s in squares]
@@ -83,15 +83,14 @@ class LinearKernel:
 
     def advance(
         self,
-        base: Packed,
         anchor: Packed,
         state: Packed,
         momentum: Packed,
-        q: Tensor,
-        v: Tensor,
+        q: Float[Tensor, "B H c d"],
+        v: Float[Tensor, "B H c d"],
         seg: Segment,
-    ) -> tuple[Tensor, Packed, Packed]:
-        """Write one segment: the outputs (B, H, c, d), the next state and momentum."""
+    ) -> tuple[Float[Tensor, "B H c d"], Packed, Packed]:
+        """Write one segment: the outputs, the next state and momentum."""
         target = self.targets(anchor, v)
         # A dot product's error does not look at what the memory answers.
         answer = target if self.rule.objective == "dot" else seg.k @ anchor[0].mT
@@ -105,5 +104,7 @@ class LinearKernel:
         else:
             p_read = None if p0 is None else p0[..., n:, :]
             mine = [(table, rows[..., n:]) for table, rows in terms]
-            y = q @ base[0][..., n:, :].mT + seg.read(q, seg.k, mine, s0[..., n:, :], p_read)
+            y = seg.read(q, seg.k, mine, s0[..., n:, :], p_read)
+            if self.rule.retention == "start":  # what is carried is on top of the learned start
+                y = y + q @ self.start.weights[MEMORY][0].mT
         return y, (s,), () if p is None else (p,)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,7 +44,8 @@ class MLPKernel:
         template = self.start.weights[MEMORY][0]
         ones = template.new_ones(template.shape[0])
         scales = [self.start.write_scale.get(name, ones) for name in self.names]
-        self.scale = torch.stack(scales, 1)[..., None, None]  # (H, n, 1, 1)
+        scale = torch.stack(scales, 1)[..., None, None]  # (H, n, 1, 1)
+        self.gate_scale, self.wide_scale = scale.split([self.g, self.n - self.g], dim=1)
 
     def pack(self) -> Packed:
         """The learned initial weights, packed, without the batch dimension."""
@@ -81,58 +84,60 @@ class MLPKernel:
         """Pre-activations of every memory in ``w2`` (B, H, n d_h, d) for ``x`` (B, H, c, d): (B, H, n, c, d_h)."""
         return (x @ w2.mT).unflatten(-1, (-1, self.hidden)).transpose(-3, -2)
 
-    def outputs(self, anchor: Packed, hidden: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What every memory answers to ``x``: gates (B, H, g, c, 1) and vectors (B, H, m, c, d)."""
-        return hidden[:, :, : self.g] @ anchor[2].mT, x.unsqueeze(2) + hidden[:, :, self.g :] @ anchor[1].mT
+    def answers(self, anchor: Packed, hidden: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+        """What every memory makes of ``x`` (B, H, c, d): gates (B, H, g, c, 1) and vectors (B, H, m, c, d)."""
+        return hidden[0] @ anchor[2].mT, x.unsqueeze(2) + hidden[1] @ anchor[1].mT
 
     def generate(self, anchor: Packed, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each projection memory makes of its input ``x[name]`` (B, H, c, d): raw gates (B, H, c), vectors
-        (B, H, c, d)."""
+        (B, H, c, d). Memories that read the same input share one product."""
         made: dict[str, Tensor] = {}
-        blocks = anchor[0].split(self.hidden, dim=-2)
-        for i, name in enumerate(self.names[:-1]):
-            hidden = F.silu(x[name] @ blocks[i].mT)
-            if name in GATES:
-                made[name] = (hidden @ anchor[2][:, :, i].mT).squeeze(-1)
-            else:
-                made[name] = x[name] + hidden @ anchor[1][:, :, i - self.g].mT
+        groups = [list(group) for _, group in groupby(self.names[:-1], key=lambda name: id(x[name]))]
+        blocks = anchor[0].split([len(group) * self.hidden for group in groups] + [self.hidden], dim=-2)
+        w1 = iter((*anchor[2].unbind(2), *anchor[1].unbind(2)))
+        for group, block in zip(groups, blocks, strict=False):
+            shared = x[group[0]]
+            for name, hidden in zip(group, F.silu(self.hidden_of(block, shared)).unbind(2), strict=True):
+                y = hidden @ next(w1).mT
+                made[name] = y.squeeze(-1) if name in GATES else shared + y
         return made
 
     def advance(
         self,
-        base: Packed,
         anchor: Packed,
         state: Packed,
         momentum: Packed,
-        q: Tensor,
-        v: Tensor,
+        q: Float[Tensor, "B H c d"],
+        v: Float[Tensor, "B H c d"],
         seg: Segment,
-    ) -> tuple[Tensor, Packed, Packed]:
-        """Write one segment: the outputs (B, H, c, d), the next state and momentum."""
-        z = self.hidden_of(anchor[0], seg.k)
-        h = F.silu(z)
-        target_hidden = F.silu(self.hidden_of(anchor[0], v))
-        gate_targets, wide_targets = self.outputs(anchor, target_hidden, v)
-        gate_targets, wide_targets = clip(gate_targets, self.rule), clip(wide_targets, self.rule)
-        if not self.rule.self_values:
-            wide_targets = v.unsqueeze(2).expand_as(wide_targets)
-        if self.rule.objective == "dot":  # its error does not look at what the memory answers
-            gate_answers, wide_answers = gate_targets, wide_targets
-        else:
-            gate_answers, wide_answers = self.outputs(anchor, h, seg.k)
-        step = -seg.eta[:, :, None, :, None] * self.scale
-        r_gates = step[:, :, : self.g] * self.objective.error(gate_answers, gate_targets)
-        r_wide = step[:, :, self.g :] * self.objective.error(wide_answers, wide_targets)
-        back = torch.cat([r_gates @ anchor[2], r_wide @ anchor[1]], dim=2) * silu_derivative(z)
+    ) -> tuple[Float[Tensor, "B H c d"], Packed, Packed]:
+        """Write one segment: the outputs, the next state and momentum."""
+        c, kinds = seg.k.shape[-2], [self.g, self.n - self.g]
+        # Keys and values go through the same weights: one product for both.
+        both = torch.cat([seg.k, v], dim=-2)
+        z = self.hidden_of(anchor[0], both)
+        hidden = F.silu(z).split(kinds, dim=2)
+        (gate_answers, gate_targets), (wide_answers, wide_targets) = (
+            y.split(c, dim=-2) for y in self.answers(anchor, hidden, both)
+        )
+        gate_targets = clip(gate_targets, self.rule)
+        shared = v.unsqueeze(2).expand_as(wide_targets)
+        wide_targets = clip(wide_targets, self.rule) if self.rule.self_values else shared
+        eta = seg.eta[:, :, None, :, None]
+        r_gates = -eta * self.gate_scale * self.objective.error(gate_answers, gate_targets)
+        r_wide = -eta * self.wide_scale * self.objective.error(wide_answers, wide_targets)
+        z_keys, _ = z.split(c, dim=-2)
+        back = torch.cat([r_gates @ anchor[2], r_wide @ anchor[1]], dim=2) * silu_derivative(z_keys)
         r2 = back.transpose(-3, -2).flatten(-2)  # (B, H, c, n d_h)
+        (h_gates, _), (h_wide, _) = (h.split(c, dim=-2) for h in hidden)
 
         p2, p_wide, p_gates = momentum if momentum else (None, None, None)
         up = seg.stacked()
         terms2 = seg.terms(r2, state[0], p2)
         s2, p2_next = seg.last(seg.k, r2, terms2, state[0], p2)
         wide_terms, gate_terms = up.terms(r_wide, state[1], p_wide), up.terms(r_gates, state[2], p_gates)
-        s_wide, p_wide_next = up.last(h[:, :, self.g :], r_wide, wide_terms, state[1], p_wide)
-        s_gates, p_gates_next = up.last(h[:, :, : self.g], r_gates, gate_terms, state[2], p_gates)
+        s_wide, p_wide_next = up.last(h_wide, r_wide, wide_terms, state[1], p_wide)
+        s_gates, p_gates_next = up.last(h_gates, r_gates, gate_terms, state[2], p_gates)
 
         n = self.others
         if self.rule.read == "anchor":
@@ -140,10 +145,13 @@ class MLPKernel:
         else:
             p_read = None if p2 is None else p2[..., n:, :]
             mine = [(table, rows[..., n:]) for table, rows in terms2]
-            zq = q @ base[0][..., n:, :].mT + seg.read(q, seg.k, mine, state[0][..., n:, :], p_read)
-            hq = F.silu(zq)
+            zq = seg.read(q, seg.k, mine, state[0][..., n:, :], p_read)
+            base1, base2 = self.start.weights[MEMORY]
+            from_start = self.rule.retention == "start"  # what is carried is on top of the learned start
+            hq = F.silu(zq + q @ base2.mT if from_start else zq)
             p_read = None if p_wide is None else p_wide[:, :, -1]
-            mine = [(table.squeeze(2), rows[:, :, -1]) for table, rows in wide_terms]
-            y = q + hq @ base[1][:, :, -1].mT + seg.read(hq, h[:, :, -1], mine, state[1][:, :, -1], p_read)
+            mine = [(seg.write, rows[:, :, -1]) for _, rows in wide_terms]
+            y = q + seg.read(hq, h_wide[:, :, -1], mine, state[1][:, :, -1], p_read)
+            y = y + hq @ base1.mT if from_start else y
         next_momentum = (p2_next, p_wide_next, p_gates_next) if momentum else ()
         return y, (s2, s_wide, s_gates), next_momentum  # type: ignore[return-value]

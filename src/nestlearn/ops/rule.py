@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -152,9 +153,18 @@ def gates(raw_eta: Tensor, raw_alpha: Tensor | None, start: Start, rule: WriteRu
 
 def limit(weights: Tensor, norm_limit: float | None) -> Tensor:
     """Scale matrices (..., m, n) so that their root mean square singular value is at most ``norm_limit``."""
-    if norm_limit is None:
+    if norm_limit is None or not exceeds([weights], norm_limit):
         return weights
     return weights * shrink(weights.square().sum((-2, -1), keepdim=True), weights.shape[-2:], norm_limit)
+
+
+def exceeds(blocks: Iterable[Tensor], norm_limit: float) -> bool:
+    """Whether any matrix (..., m, n) is past the limit. On an accelerator, where to look is to wait: always."""
+    return any(
+        w.device.type != "cpu"
+        or bool((torch.linalg.vector_norm(w.detach(), dim=(-2, -1)) > norm_limit * min(w.shape[-2:]) ** 0.5).any())
+        for w in blocks
+    )
 
 
 def shrink(squares: Tensor, shape: tuple[int, ...], norm_limit: float) -> Tensor:

@@ -16,7 +16,7 @@ columns; ``*b`` is (B, H), or (B, H, m) for memories that are stacked and broadc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -41,18 +41,19 @@ class Segment:
         carry: ``c`` (B, H, c), coefficient of the carried momentum, or None.
         momentum: (``b_bar`` (B, H, c), ``B`` (B, H, c, c)) for the momentum itself, or None.
         factor: ``I + T`` below its unit diagonal, (B, H, c, c), or None where nothing is erased.
-        before: ``gamma_{t-1}`` (B, H, c).
+        erase: ``eta_t gamma_{t-1}`` (B, H, c), what a token erases of ``S_0`` along its key.
     """
 
     k: Float[Tensor, "*b c d"]
     eta: PerToken
     gamma: PerToken
-    before: PerToken
+    erase: PerToken
     ratio: Table
     write: Table
     carry: PerToken | None
     momentum: tuple[PerToken, Table] | None
     factor: Table | None
+    _rows: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -82,13 +83,11 @@ class Segment:
             momentum = (log_b.exp(), _ratios(log_b))
             write = counts @ momentum[1]
             carry = (counts @ momentum[0].unsqueeze(-1)).squeeze(-1)
-        before = (log_gamma - log_alpha).exp()
-        factor = None
-        if delta:
-            # eta_t gamma_{t-1} / gamma_s = (eta_t / alpha_t) Gamma_ts.
-            # The solve reads nothing on or above the diagonal.
-            factor = (eta * (-log_alpha).exp()).unsqueeze(-1) * ratio * (k @ k.mT)
-        return cls(k, eta, log_gamma.exp(), before, ratio, write, carry, momentum, factor)
+        gamma = log_gamma.exp()
+        strength = eta * (-log_alpha).exp()  # eta_t gamma_{t-1} / gamma_s = (eta_t / alpha_t) Gamma_ts
+        # The solve reads nothing on or above the diagonal.
+        factor = strength.unsqueeze(-1) * ratio * (k @ k.mT) if delta else None
+        return cls(k, eta, gamma, strength * gamma, ratio, write, carry, momentum, factor)
 
     def stacked(self) -> Segment:
         """The same tables for memories stacked in a dimension after the heads; nothing is erased there."""
@@ -96,7 +95,7 @@ class Segment:
             k=self.k.unsqueeze(2),
             eta=self.eta.unsqueeze(2),
             gamma=self.gamma.unsqueeze(2),
-            before=self.before.unsqueeze(2),
+            erase=self.erase.unsqueeze(2),
             ratio=self.ratio.unsqueeze(2),
             write=self.write.unsqueeze(2),
             carry=None if self.carry is None else self.carry.unsqueeze(2),
@@ -113,7 +112,7 @@ class Segment:
         """
         if self.factor is None:
             return [(self.write, h)]
-        erased = -(self.eta * self.before).unsqueeze(-1) * (self.k @ s0.mT)
+        erased = -self.erase.unsqueeze(-1) * (self.k @ s0.mT)
         if p0 is None:
             # Writes and erasures have the same table, so one solve gives their sum.
             return [(self.ratio, self._solve(h + erased))]
@@ -153,23 +152,31 @@ class Segment:
         p0: Float[Tensor, "*b r n"] | None,
     ) -> tuple[Float[Tensor, "*b r n"], Float[Tensor, "*b r n"] | None]:
         """State and momentum after the last token; ``keys`` (*b or B H, c, n)."""
-        s = self.gamma[..., -1, None, None] * s0
+        s = _at_end(self.gamma) * s0
         for table, rows in terms:
-            s = s + rows.mT @ (table[..., -1, :, None] * keys)
+            s = s + rows.mT @ (self.row_at_end(table) * keys)
         if p0 is None:
             return s, None
         assert self.carry is not None
         assert self.momentum is not None
         b_bar, b_table = self.momentum
-        p = b_bar[..., -1, None, None] * p0 + h.mT @ (b_table[..., -1, :, None] * keys)
-        return s + self.carry[..., -1, None, None] * p0, p
+        p = _at_end(b_bar) * p0 + h.mT @ (self.row_at_end(b_table) * keys)
+        return s + _at_end(self.carry) * p0, p
+
+    def row_at_end(self, table: Table) -> Tensor:
+        """The last row of a table as a column (*b, c, 1), picked once for all memories that use the table."""
+        if id(table) not in self._rows:
+            self._rows[id(table)] = table[..., -1, :, None]
+        return self._rows[id(table)]
+
+
+def _at_end(per_token: Tensor) -> Tensor:
+    return per_token[..., -1:].unsqueeze(-1)
 
 
 def _ratios(log: Tensor) -> Tensor:
     """``exp(log_t - log_s)`` for s <= t, zero above the diagonal: (..., c) -> (..., c, c)."""
-    c = log.shape[-1]
-    above = torch.ones(c, c, dtype=torch.bool, device=log.device).triu(1)
-    return (log.unsqueeze(-1) - log.unsqueeze(-2)).masked_fill(above, -torch.inf).exp()
+    return (log.unsqueeze(-1) - log.unsqueeze(-2)).clamp_max(0).exp().tril()
 
 
 def _shift(table: Tensor) -> Tensor:
