@@ -79,6 +79,10 @@ def self_modify(
 
     outputs = []
     segments = list(_segments(state.clock, lengths, tokens, rule))
+    inputs = dict(inputs)
+    for name in ("q", "k"):
+        if name not in start.weights:  # a projection that no memory makes: normalised at once
+            inputs[name] = unit(inputs[name])
     # Split once: slicing piece by piece would make the backward pass fill the whole sequence for every piece.
     sizes = [j - i for i, j, *_ in segments]
     pieces = {name: value.split(sizes, dim=2) for name, value in inputs.items()}
@@ -96,8 +100,9 @@ def self_modify(
         eta, log_alpha = gates(made["eta"], made.get("alpha"), start, rule)
         v = unit(made["v"]) if rule.normalize_v else made["v"]
         valid = None if counts is None else counts[:, None, i:j].to(x.dtype)
-        segment = Segment.of(unit(made["k"]), eta, log_alpha, start.momentum, valid, rule.delta)
-        y, current, momentum = kernel.advance(weights, current, momentum, unit(made["q"]), v, segment)
+        q, k = (unit(made[name]) if name in start.weights else made[name] for name in ("q", "k"))
+        segment = Segment.of(k, eta, log_alpha, start.momentum, valid, rule.delta)
+        y, current, momentum = kernel.advance(weights, current, momentum, q, v, segment)
         outputs.append(y)
 
     seen = torch.full((batch,), tokens) if lengths is None else lengths.cpu()
