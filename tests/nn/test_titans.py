@@ -127,6 +127,8 @@ def test_mistakes_get_one_clear_line() -> None:
         ({"chunk_size": 0}, "positive number of tokens"),
         ({"objective": "dott"}, "did you mean 'dot'"),
         ({"eta_max": -1.0}, "must be positive"),
+        ({"eta_max": 0.0}, "must be positive"),
+        ({"memory": "mlp", "memory_hidden": 0}, "at least 1"),
         ({"norm_limit": 0.0}, "must be positive"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -39,8 +39,8 @@ class SelfReferentialTitans(nn.Module):
     Per head of width d = dim / heads, memories generate the key, the value, the step size and the retained
     fraction of every token, and each memory, the main one included, is written with the value that it
     generates itself. ``nn.Parameter``s are the memories' *initial* states: the outer loss trains them through
-    all the writes. Around the core stand a causal convolution, a static mixing projection that makes the heads'
-    inputs, the static query projection, a norm per head, an output gate and the output projection.
+    all the writes. Around the core stand a causal convolution, static projections that make the query and the
+    memories' inputs, a norm per head, an output gate and the output projection.
 
     Args:
         dim: width of the input and output.
@@ -65,8 +65,7 @@ class SelfReferentialTitans(nn.Module):
             l2 for MLP memories.
         eta_max: upper end of the step size, in units of alpha; None means 2 (erasure may turn a sign) for linear
             memories and 0.1 for MLP memories, whose last layer has no erasure.
-        read, delta, decay, self_values, retention, bounded, normalize_v, clip_values,
-        norm_limit: see
+        read, delta, decay, self_values, retention, bounded, normalize_v, clip_values, norm_limit: as in
             :class:`nestlearn.ops.WriteRule`.
 
     Raises:
@@ -113,6 +112,8 @@ class SelfReferentialTitans(nn.Module):
             raise UserError(f"heads={heads} must divide dim={dim}")
         if memory not in ("linear", "mlp"):
             raise UserError(f"unknown memory {memory!r}: {nearest(memory, ('linear', 'mlp'))}")
+        if memory_hidden is not None and memory_hidden < 1:
+            raise UserError(f"memory_hidden must be at least 1, got {memory_hidden}")
         if write_scale is not None and not 0 < write_scale < 1:
             raise UserError(f"write_scale must lie between 0 and 1, got {write_scale}; None writes in full")
         if not all(0 < r < 1 for r in retained):
@@ -122,13 +123,13 @@ class SelfReferentialTitans(nn.Module):
         self.rule = WriteRule(
             chunk_size=chunk_size,
             chunk_size_other=chunk_size_other,
-            objective=objective or ("dot" if memory == "linear" else "l2"),
+            objective=objective if objective is not None else ("dot" if memory == "linear" else "l2"),
             read=read,
             delta=delta,
             decay=decay,
             self_values=self_values,
             retention=retention,
-            eta_max=eta_max or (2.0 if memory == "linear" else 0.1),
+            eta_max=eta_max if eta_max is not None else (2.0 if memory == "linear" else 0.1),
             bounded=bounded,
             normalize_v=normalize_v,
             clip_values=clip_values,
@@ -157,7 +158,7 @@ class SelfReferentialTitans(nn.Module):
         self.memories = {
             name: LinearMemory(d, 1 if name in GATES else d)
             if memory == "linear"
-            else MLPMemory(d, 1 if name in GATES else d, memory_hidden or d)
+            else MLPMemory(d, 1 if name in GATES else d, d if memory_hidden is None else memory_hidden)
             for name in (*self.adaptive, MEMORY)
         }
         self.start = nn.ModuleDict({name: nn.ParameterList(m.init((heads,))) for name, m in self.memories.items()})
