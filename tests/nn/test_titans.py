@@ -124,6 +124,8 @@ def test_mistakes_get_one_clear_line() -> None:
         ({"memory": "linaer"}, "did you mean 'linear'"),
         ({"write_scale": 2.0}, "between 0 and 1"),
         ({"retained": (0.5, 1.0)}, "between 0 and 1"),
+        ({"retained": (0.5,)}, "two fractions"),
+        ({"eta_max": float("nan")}, "must be positive"),
         ({"chunk_size": 0}, "positive number of tokens"),
         ({"objective": "dott"}, "did you mean 'dot'"),
         ({"eta_max": -1.0}, "must be positive"),
@@ -133,3 +135,27 @@ def test_mistakes_get_one_clear_line() -> None:
     ]:
         with pytest.raises(UserError, match=message):
             layer(**changes)
+
+
+def test_inputs_and_states_of_another_shape_are_refused() -> None:
+    titans = layer()
+    x = torch.randn(2, 5, 8)
+    _, state = titans(x)
+    with pytest.raises(UserError, match=r"must be \(batch, tokens, 8\)"):
+        titans(x[0])
+    with pytest.raises(UserError, match="2 sequences, the input 1"):
+        titans(x[:1], state)
+    with pytest.raises(UserError, match="momentum"):
+        layer(momentum=True)(x, state)
+    with pytest.raises(UserError, match="use a state of this core"):
+        layer(inner_q=True)(x, state)
+
+
+def test_empty_pieces_change_nothing() -> None:
+    titans = layer()
+    y, state = titans(torch.randn(2, 5, 8))
+    empty, same = titans(torch.randn(2, 0, 8), state)
+    assert empty.shape == (2, 0, 8)
+    assert torch.equal(same.core.current[0], state.core.current[0])
+    assert titans(torch.randn(0, 5, 8))[0].shape == (0, 5, 8)
+    assert y.shape == (2, 5, 8)

@@ -116,8 +116,8 @@ class SelfReferentialTitans(nn.Module):
             raise UserError(f"memory_hidden must be at least 1, got {memory_hidden}")
         if write_scale is not None and not 0 < write_scale < 1:
             raise UserError(f"write_scale must lie between 0 and 1, got {write_scale}; None writes in full")
-        if not all(0 < r < 1 for r in retained):
-            raise UserError(f"retained fractions must lie between 0 and 1, got {retained}")
+        if len(retained) != 2 or not all(0 < r < 1 for r in retained):
+            raise UserError(f"retained must be two fractions between 0 and 1 (first and last head), got {retained}")
         self.dim, self.heads, self.width = dim, heads, dim // heads
         self.retained, self.initial_write_scale = retained, write_scale
         self.rule = WriteRule(
@@ -212,7 +212,15 @@ class SelfReferentialTitans(nn.Module):
     def forward(
         self, x: Tensor, state: TitansState | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, TitansState]:
-        """Read and write along ``x`` (B, T, dim); ``lengths`` (B,) says how many tokens of each row count."""
+        """Read and write along ``x`` (B, T, dim); ``lengths`` (B,) says how many tokens of each row count.
+
+        Raises:
+            UserError: an input of another shape, or a state of another batch or layer.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise UserError(f"the input has shape {tuple(x.shape)}: it must be (batch, tokens, {self.dim})")
+        if state is not None and state.conv.shape[0] != x.shape[0]:
+            raise UserError(f"the state holds {state.conv.shape[0]} sequences, the input {x.shape[0]}: they must agree")
         u, conv_state = self.conv(x, None if state is None else state.conv, lengths)
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
         inputs = {name: split(project(u)) for name, project in self.project.items()}

@@ -62,7 +62,7 @@ def self_modify(
         Outputs (B, H, T, d) and the state after the last token. Both are differentiable in everything.
 
     Raises:
-        UserError: the state belongs to another batch size.
+        UserError: the state belongs to another batch size or another core.
     """
     x = inputs["q"]
     batch, _, tokens, _ = x.shape
@@ -71,6 +71,7 @@ def self_modify(
         state = initial_state(start, rule, batch)
     elif state.clock.shape[0] != batch:
         raise UserError(f"the state holds {state.clock.shape[0]} sequences, the input {batch}: they must agree")
+    _check_state(state, start, kernel)
     learned = tuple(w.unsqueeze(0) for w in kernel.pack())
     base = learned if rule.retention == "start" else tuple(torch.zeros_like(w) for w in learned)
     current, anchor, momentum = state.current, state.anchor, state.momentum
@@ -108,6 +109,15 @@ def self_modify(
     seen = torch.full((batch,), tokens) if lengths is None else lengths.cpu()
     y = torch.cat(outputs, dim=2) if outputs else x.new_zeros(x.shape)
     return y, CoreState(current, anchor, momentum, state.clock + seen)
+
+
+def _check_state(state: CoreState, start: Start, kernel: LinearKernel | MLPKernel) -> None:
+    if bool(state.momentum) != (start.momentum is not None):
+        raise UserError("the state and the core differ in whether they have a momentum: use a state of this core")
+    expected = [tuple(w.shape) for w in kernel.pack()]
+    given = [tuple(w.shape[1:]) for w in state.current]
+    if expected != given:
+        raise UserError(f"the state holds weights of shapes {given}, the core {expected}: use a state of this core")
 
 
 def _choose(refresh: Refresh, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -76,10 +77,10 @@ class WriteRule:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), allowed)}")
-        if self.eta_max <= 0:
-            raise UserError(f"eta_max must be positive, got {self.eta_max}")
-        if self.norm_limit is not None and self.norm_limit <= 0:
-            raise UserError(f"norm_limit must be positive or None, got {self.norm_limit}")
+        if not 0 < self.eta_max < math.inf:
+            raise UserError(f"eta_max must be positive and finite, got {self.eta_max}")
+        if self.norm_limit is not None and not 0 < self.norm_limit < math.inf:
+            raise UserError(f"norm_limit must be positive and finite, or None, got {self.norm_limit}")
 
     @classmethod
     def printed(cls, chunk_size: int = 16, **changes: object) -> WriteRule:
