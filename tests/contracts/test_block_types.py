@@ -216,10 +216,11 @@ def test_several_turns_on_one_cache(kind: str) -> None:
 @each_kind
 def test_a_copied_cache_continues_twice_and_rows_can_be_repeated(kind: str) -> None:
     model, x, more = make(kind), ids(2, 6), ids(2, 3, seed=2)
+    cache = model(x, use_cache=True).past_key_values  # with gradients, as outside generate()
+    copied = copy.deepcopy(cache)
     with torch.no_grad():
-        cache = model(x, use_cache=True).past_key_values
-        copied = copy.deepcopy(cache)
         first = model(more, past_key_values=cache).logits
+        assert (copied.get_seq_length(), cache.get_seq_length()) == (6, 9)
         assert torch.equal(model(more, past_key_values=copied).logits, first)
         cache = model(x, use_cache=True).past_key_values
         cache.batch_repeat_interleave(2)
@@ -248,7 +249,7 @@ def test_taking_tokens_back_is_refused(kind: str) -> None:
         model.generate(x, assistant_model=make(kind), max_new_tokens=4)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(x, prompt_lookup_num_tokens=2, max_new_tokens=4)
-    with pytest.raises(UserError, match="cannot take tokens back"):
+    with pytest.raises(UserError, match=r"cannot take tokens back.*copy\.deepcopy"):
         model(x, use_cache=True).past_key_values.crop(2)
 
 
@@ -312,7 +313,8 @@ def test_bfloat16_autocast_keeps_the_memories_in_float32(kind: str) -> None:
         out = model(x, labels=x, use_cache=True)
     out.loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
-    torch.testing.assert_close(out.logits.float(), model(x).logits, rtol=0.1, atol=0.3)
+    exact = model(x).logits
+    assert (out.logits.float() - exact).norm() < 0.1 * exact.norm()
     for name, layer in zip(BLOCKS[kind], out.past_key_values.layers, strict=True):
         if name == "hope":
             floats = [t for t in tensors_of(layer.state.mixer.core) if t.is_floating_point()]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestlearn.data import load_corpus, stream_documents
+from nestlearn.data import SOURCE_KEYWORDS, absolute, load_corpus, stream_documents
 from nestlearn.data import text_files as text_files_module
 from nestlearn.data.corpus import hold_out
 from nestlearn.data.stdlib_corpus import stdlib_documents
@@ -145,6 +145,7 @@ def test_folder_reads_text_files_and_skips_hidden_empty_and_binary_ones(tmp_path
     write(tmp_path / "picture.png", b"\x89PNG\0\0")
     write(tmp_path / ".hidden" / "a.txt", "secret")
     write(tmp_path / "empty.txt", "")
+    write(tmp_path / "blank.txt", b"\xef\xbb\xbf \n\t\xe3\x80\x80\n")
     corpus = load_corpus(tmp_path)
     assert sorted([*corpus.train, *corpus.validation]) == sorted(f"document {i}" for i in range(40))
     assert corpus.description.startswith("40 files, 1 binary files skipped")
@@ -195,6 +196,71 @@ def test_missing_data_set_is_one_line(monkeypatch):
     assert "without a network" in message("hf:nosuch/dataset:config")
 
 
+@pytest.mark.parametrize("names", [("dev_guide.txt", "test-plan.txt"), ("train_trip.txt", "valid.md", "a.test2.txt")])
+def test_ordinary_names_are_no_splits(tmp_path, names):
+    for name in names:
+        write(tmp_path / name, name * 9)
+    assert sorted(streamed(tmp_path)[1]) == sorted(name * 9 for name in names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.txt", "dev.txt"),
+        ("TRAIN.TXT", "val.txt"),
+        ("wiki.train.tokens", "wiki.valid.tokens"),
+        ("train-00000-of-00002.txt", "validation-00000-of-00001.txt"),
+    ],
+)
+def test_names_of_splits(tmp_path, names):
+    for name in (*names, "other.txt"):
+        write(tmp_path / name, name)
+    corpus = load_corpus(tmp_path)
+    assert (corpus.train, corpus.validation) == ([names[0]], [names[1]])
+
+
+def test_extensions_in_capitals_and_byte_order_mark_of_rows(tmp_path):
+    rows = b"\xef\xbb\xbf" + b'{"text": "one"}\n{"text": "two"}\n'
+    assert streamed(write(tmp_path / "A.JSONL", rows))[1] == ["one", "two"]
+    pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "B.PARQUET")
+    assert streamed(tmp_path / "B.PARQUET")[1] == ["one", "two"]
+    assert streamed(tmp_path)[1] == ["one", "two"] * 2
+
+
+def test_keywords_are_keywords_whatever_the_folder_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "stdlib", "a file\n")
+    assert absolute("stdlib", SOURCE_KEYWORDS) == "stdlib"
+    assert streamed("stdlib")[0] == "validation"
+    assert absolute("./stdlib", SOURCE_KEYWORDS) == str(tmp_path / "stdlib")
+    for path in ("./stdlib", Path("stdlib")):
+        assert streamed(path) == ("all", ["a file\n"])
+        assert load_corpus(path).description.startswith("one file")
+    assert absolute("", SOURCE_KEYWORDS) == ""
+    assert absolute("nowhere", SOURCE_KEYWORDS) == "nowhere"
+    with pytest.raises(UserError, match="does not exist"):
+        stream_documents("")
+
+
+@pytest.mark.parametrize("source", ["~nosuchuser/x", "x" * 300])
+def test_names_that_no_path_can_have(source):
+    assert "cannot be looked up" in message(source)
+    with pytest.raises(UserError, match="cannot be looked up"):
+        absolute(source, SOURCE_KEYWORDS)
+
+
+def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    path = write(tmp_path / "a" / "b.txt", "text")
+
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert message(tmp_path / "a") == message(path) == f"cannot read {path}: Permission denied"
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert message(tmp_path / "a") == f"cannot read {path.parent}: Permission denied"
+
+
 def test_missing_and_empty(tmp_path):
     assert "does not exist" in message(tmp_path / "nothing.txt")
     assert "does not exist" in message("")
@@ -203,6 +269,8 @@ def test_missing_and_empty(tmp_path):
     assert "white space" in message(write(tmp_path / "b.txt", b" \n\n"))
     assert "holds no text" in message(write_jsonl(tmp_path / "c.jsonl", ["", " "]))
     (tmp_path / "folder").mkdir()
+    assert "no text file" in message(tmp_path / "folder")
+    write(tmp_path / "folder" / "blank.txt", " \n")
     assert "no text file" in message(tmp_path / "folder")
     assert "neither a file nor a folder" in message("/dev/null")
     with pytest.raises(UserError, match="did you mean 'validation'"):
@@ -232,6 +300,9 @@ def test_bad_rows_are_named_by_line(tmp_path):
     assert "line 3 is not an object" in message(write(tmp_path / "c.jsonl", good + b"[1]"))
     assert "line 3: 'text' is int" in message(write(tmp_path / "d.jsonl", good + b'{"text": 1}'))
     assert "line 3: 'text' holds a lone" in message(write(tmp_path / "f.jsonl", good + b'{"text": "\\ud800"}'))
+    number = b'{"text": "", "number": ' + b"9" * 5000 + b"}"
+    assert "line 3 has a number too long" in message(write(tmp_path / "g.jsonl", good + number))
+    assert "line 3 has a number too long or lists" in message(write(tmp_path / "h.jsonl", good + b"[" * 100_000))
     assert f"offset {len(good) + 1}" in message(write(tmp_path / "e.jsonl", good + b'"\xff"'))
 
 

@@ -26,6 +26,26 @@ from nestlearn.nn import SelfReferentialTitans
         ({"chunk_size": 0}, "chunk_size=0: must be at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"vocab_size": -1}, "vocab_size=-1"),
+        ({"num_hidden_layers": 10**11}, "num_hidden_layers=100000000000: must be at most"),
+        ({"memory_hidden_size": 0}, "memory_hidden_size=0: must be at least 1"),
+        ({"retained": [0.9]}, r"retained=\[0.9\]: must be two numbers between 0 and 1"),
+        ({"retained": [0.9, 1]}, "two numbers between 0 and 1"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0: must be positive and finite"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan: must be positive"),
+        ({"initializer_range": float("inf")}, "initializer_range=inf: must be positive"),
+        ({"eta_max": 0}, "eta_max=0: must be positive"),
+        ({"norm_limit": -1.0}, "norm_limit=-1.0: must be positive"),
+        ({"write_scale": 1}, "write_scale=1: must be between 0 and 1"),
+        # Types come before ranges, which compute with the value.
+        ({"bounded": None}, "bounded=None: must be bool"),
+        ({"momentum": 1}, "momentum=1: must be bool"),
+        ({"use_cache": "yes"}, "use_cache='yes': must be bool"),
+        ({"initializer_range": "x"}, "initializer_range='x': must be float or int"),
+        ({"vocab_size": 40.0}, "vocab_size=40.0: must be int"),
+        ({"hidden_size": "16"}, "hidden_size='16': must be int"),
+        ({"chunk_size": True}, "chunk_size=True: must be int"),
+        ({"norm_limit": "4"}, "norm_limit='4': must be float or int or None"),
+        ({"cms_chunk_sizes": [64, 0.5]}, r"cms_chunk_sizes=\[64, 0.5\]: must be list\[int\]"),
     ],
 )
 def test_rejects_in_one_line(options: dict[str, Any], message: str) -> None:
@@ -49,6 +69,12 @@ def test_rejects_in_one_line(options: dict[str, Any], message: str) -> None:
 def test_layers_reject_their_switches_when_the_model_is_built(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         nestlearn.HopeForCausalLM(HopeConfig(hidden_size=16, num_hidden_layers=1, **options))
+
+
+def test_types_hold_after_construction_too_and_an_integer_is_a_float() -> None:
+    config = HopeConfig(rms_norm_eps=1, write_scale=None, eta_max=None, norm_limit=None)
+    with pytest.raises(UserError, match="hidden_size='wide': must be int"):
+        config.hidden_size = "wide"
 
 
 def test_block_types_default_to_hope() -> None:

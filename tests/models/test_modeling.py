@@ -1,5 +1,7 @@
 """HopeForCausalLM beside what it must equal: Llama, and Hope-Attention reduced to a Transformer."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +186,22 @@ def test_trainer_fits_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["attention", "hope-attention", "hope"])
-def test_compiled_forward_equals_eager(kind: str) -> None:
+COMPILED = """
+import torch
+from nestlearn import HopeConfig, HopeForCausalLM
+torch.manual_seed(0)
+x = torch.randint(0, 32, (2, 8))
+for kind in ("attention", "hope-attention", "hope"):
     torch.compiler.reset()
-    model, x = hope([kind], num_hidden_layers=1, cms_chunk_sizes=[4, 8]), ids(2, 8)
+    sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    config = HopeConfig(**sizes, block_types=[kind], cms_chunk_sizes=[4, 8], chunk_size=4)
+    model = HopeForCausalLM(config)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=kind != "hope")
     torch.testing.assert_close(compiled(x, use_cache=False).logits, model(x).logits, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_compiled_forward_equals_eager() -> None:
+    """In a process of its own: the compiler cannot trace the checks of shapes that tests switch on."""
+    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.errors import UserError
 from nestlearn.train.baseline import TOLERANCE, matching_config
-from nestlearn.train.model import build, count_parameters, parameter_count
+from nestlearn.train.model import build, check_options, count_parameters, parameter_count
+from nestlearn.train.recipe import ModelRecipe
 
 
 @settings(max_examples=15, deadline=None)
@@ -56,6 +57,31 @@ def test_no_match_is_one_line() -> None:
 def test_counting_allocates_nothing() -> None:
     config = LlamaConfig(vocab_size=1000, hidden_size=8192, intermediate_size=65536, num_hidden_layers=100)
     assert parameter_count(config) > 1e11
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 10**11}, {"vocab_size": 10**11}, {"hidden_size": 10**30}])
+def test_a_model_that_cannot_be_allocated_is_one_line(sizes: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="does not fit into the memory") as error:
+        build(HopeConfig(num_hidden_layers=1, **sizes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["hope", "transformer++"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"hidden_size": "16"}, "hidden_size='16': "),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings=None: "),
+        ({"num_attention_heads": 0}, "num_attention_heads=0: must be at least 1"),
+        ({"rms_norm_eps": [1]}, "rms_norm_eps="),
+    ],
+)
+def test_options_of_the_wrong_type_or_size_are_one_line(kind: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_options(ModelRecipe(kind, options))
+    assert str(error.value).startswith(f"[model] of the recipe: {said}")
+    assert "\n" not in str(error.value)
+    assert "Field" not in str(error.value)
 
 
 def test_models_start_in_float32() -> None:

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data import load_tokenizer
 from nestlearn.errors import UserError
 from nestlearn.train.generate import _Relay, generate_text
@@ -73,7 +74,50 @@ def test_same_seed_same_text_and_the_random_state_is_left_alone(llama):
 def test_small_top_p_is_greedy(llama):
     greedy = generate_text(llama, BYTES, "x", max_new_tokens=30, temperature=0)
     assert generate_text(llama, BYTES, "x", max_new_tokens=30, top_p=1e-6, seed=0) == greedy
-    assert generate_text(llama, BYTES, "x", max_new_tokens=30, temperature=1e-3, seed=0) == greedy
+    for temperature in (1e-3, 1e-5, 1e-300):
+        assert generate_text(llama, BYTES, "x", max_new_tokens=30, temperature=temperature, seed=0) == greedy
+
+
+def test_the_generation_config_of_the_folder_has_no_effect(llama, monkeypatch):
+    options = [{"temperature": 0}, {"seed": 0}]
+    plain = [generate_text(llama, BYTES, "x", max_new_tokens=20, **option) for option in options]
+    own = GenerationConfig(num_beams=3, repetition_penalty=9.0, min_new_tokens=25, no_repeat_ngram_size=1)
+    monkeypatch.setattr(llama, "generation_config", own)
+    assert [generate_text(llama, BYTES, "x", max_new_tokens=20, **option) for option in options] == plain
+    assert llama.generation_config is own
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite(llama, temperature, value):
+    class Broken(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits[..., 5] = value
+            return output
+
+    with pytest.raises(UserError, match="not finite"):
+        generate_text(Broken(llama.config).eval(), BYTES, "x", max_new_tokens=3, temperature=temperature)
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_hope_is_not_warned_of_its_training_length(monkeypatch):
+    from transformers.generation import stopping_criteria
+
+    said: list[str] = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", lambda text, *args: said.append(text))
+    config = HopeConfig(
+        vocab_size=258,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=6,
+        max_position_embeddings=4,
+    )
+    model = HopeForCausalLM(config).eval()
+    generate_text(model, BYTES, "long prompt", max_new_tokens=3, seed=0)
+    assert model.generate(torch.arange(9)[None]).shape[1] > 9
+    assert said == []
 
 
 def test_the_end_of_the_document_ends_it(llama):
@@ -88,7 +132,7 @@ def test_the_end_of_the_document_ends_it(llama):
 
 def test_an_empty_prompt_begins_a_document(llama, monkeypatch):
     given = {}
-    stub = SimpleNamespace(device=llama.device, generate=lambda **inputs: given.update(inputs))
+    stub = SimpleNamespace(device=llama.device, generation_config=None, generate=lambda **inputs: given.update(inputs))
     generate_text(stub, BYTES, "")
     assert given["input_ids"].tolist() == [[256]]
 
@@ -99,7 +143,16 @@ def test_prompt_that_is_no_text(llama):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": float("nan")}]
+    "bad",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"temperature": float("nan")},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
 )
 def test_values_out_of_range(llama, bad):
     with pytest.raises(UserError, match=next(iter(bad))):

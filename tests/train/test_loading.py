@@ -79,13 +79,15 @@ def test_sharded_weights(folder):
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
     assert f"has no {shard.name}" in message(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
-    assert "no weight_map" in message(folder)
+    for content in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 5, "b": "c"}}', '{"weight_map": {"a": []}}'):
+        (folder / "model.safetensors.index.json").write_text(content)
+        assert "no weight_map" in message(folder)
 
 
 def test_missing_folder(tmp_path):
     assert "no model folder" in message(tmp_path / "nothing")
     assert "has no config.json" in message(tmp_path)
+    assert "cannot be looked up" in message("x" * 300)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-50], lambda b: b[:5], lambda b: b"<html>" * 99, lambda b: b""])
@@ -112,11 +114,18 @@ def test_missing_weights_and_pickles(folder):
         ({"hidden_size": 32}, "have another shape"),
         ({"num_hidden_layers": 2}, "9 are missing, model.layers.1"),
         ({"model_type": "hope", "block_types": ["hoppe"]}, "did you mean 'hope'"),
+        ({"model_type": "hope", "hidden_size": "wide"}, "config.json: hidden_size='wide': must be int"),
+        ({"dtype": "foo"}, "'foo'"),
+        ({"vocab_size": 100, "eos_token_id": 256}, "eos_token_id=256 is not below vocab_size=100"),
+        ({"vocab_size": 100, "bos_token_id": 1, "eos_token_id": [2, 100]}, "is not below vocab_size=100"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot load"),
+        ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "hoppe"}, "custom code"),
     ],
 )
 def test_foreign_config(folder, values, said, capfd):
     edit_config(folder, **values)
     assert said in message(folder)
+    assert str(folder) in message(folder)
     assert "LOAD REPORT" not in capfd.readouterr().err
 
 

@@ -18,11 +18,15 @@ from nestlearn.data.stdlib_corpus import stdlib_documents
 from nestlearn.errors import UserError, nearest
 
 HELD_OUT_PERCENT = 5
+SOURCE_KEYWORDS = ("stdlib", "hf")
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+# The whole stem ("train"), the end of it ("wiki.train", as in WikiText and the Penn Treebank), or one of several
+# parts ("train-00000-of-00002").
+SPLIT_STEM = re.compile(r"(?:.+\.)?([a-z]+)(?:-\d+-of-\d+)?")
 SPLIT_SUFFIXES = (".txt", ".tokens", ".raw", ".jsonl", ".parquet")
 ALLOWED = "'stdlib', a UTF-8 text file, a folder, a .jsonl or .parquet file, or hf:NAME[:CONFIG]"
 
@@ -52,22 +56,24 @@ def load_corpus(source: str | Path) -> Corpus:
     - a text file: one document, the last 5 % of its characters held out, cut at the nearest line end;
     - a ``.jsonl`` or ``.parquet`` file: a document a row (its field ``text``), about 5 % of the bytes held
       out by a hash of the text, so that copies stay on one side;
-    - a folder with files named train, valid or validation, and test: these are the splits, others are
-      ignored;
-    - any other folder: every file in it that is not binary, hidden or empty, about 5 % of the bytes held
+    - a folder with files named by two splits or more (train, valid or validation or val or dev, test; also
+      wiki.train.tokens and train-00000-of-00002.parquet): these are the splits, others are ignored;
+    - any other folder: every file in it that is not binary, hidden or blank, about 5 % of the bytes held
       out by a hash of the file name;
     - ``"hf:NAME[:CONFIG]"``: a data set through ``datasets.load_dataset``, a document a row (column
       ``text``).
 
-    Raises `UserError` for a missing, empty, binary or non-UTF-8 file and for rows without text.
+    ``"stdlib"`` and ``"hf:..."`` are never files, whatever the working folder holds: ``"./stdlib"`` and a
+    ``Path`` are. Raises `UserError` for a missing, empty, binary or non-UTF-8 file and for rows without text.
     """
-    source = str(source)
-    if source == "stdlib":
+    if is_keyword(source):
+        source = str(source)
+        if source.startswith("hf:"):
+            return _hub_corpus(source)
         train, validation = hold_out(stdlib_documents())
         return _corpus(f"sources of Python {platform.python_version()}", source, train, validation)
-    if source.startswith("hf:"):
-        return _hub_corpus(source)
     path = _existing(source)
+    source = str(source)
     if path.is_file():
         train, validation = hold_out([(text, text) for text in _joined(text_files.read_documents(path))])
         return _corpus("one file", source, train, validation)
@@ -88,6 +94,11 @@ def load_corpus(source: str | Path) -> Corpus:
     return _corpus(f"{len(files)} files{note}", source, train, validation)
 
 
+def is_keyword(source: str | Path) -> bool:
+    """Whether ``source`` is ``"stdlib"`` or ``"hf:..."`` and not a path."""
+    return isinstance(source, str) and (source == "stdlib" or source.startswith("hf:"))
+
+
 def stream_documents(source: str | Path, split: str | None = None) -> tuple[str, Iterator[str | Iterator[str]]]:
     """``(split, documents)`` for reading once, a text file piece by piece so that it may have any length.
 
@@ -98,10 +109,9 @@ def stream_documents(source: str | Path, split: str | None = None) -> tuple[str,
     >>> split, documents = stream_documents("stdlib"); split
     'validation'
     """
-    source = str(source)
     if split not in (None, "all", *SPLITS):
         raise UserError(f"unknown split {split!r}: {nearest(str(split), ['all', *SPLITS])}")
-    if source != "stdlib" and not source.startswith("hf:"):
+    if not is_keyword(source):
         path = _existing(source)
         named = _split_files(path) if path.is_dir() else {}
         if named:
@@ -177,41 +187,43 @@ def _read(path: Path) -> list[str]:
     return _joined(text_files.read_documents(path))
 
 
-def _existing(source: str) -> Path:
-    path = Path(source).expanduser()
-    if not source or not (path.is_file() or path.is_dir()):
-        what = "is neither a file nor a folder" if source and path.exists() else "does not exist"
-        raise UserError(f"data {source!r} {what}: give {ALLOWED}")
+def _existing(source: str | Path) -> Path:
+    path = text_files.find_path(source, "data")
+    if source == "" or not (path.is_file() or path.is_dir()):
+        what = "is neither a file nor a folder" if source != "" and path.exists() else "does not exist"
+        raise UserError(f"data {str(source)!r} {what}: give {ALLOWED}")
     return path
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
     """Files by split (``wiki.valid.tokens``), if the folder holds files of two splits or more."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        words = re.split(r"[._-]", path.stem.lower())
-        names = [split for split, spellings in SPLITS.items() if set(spellings) & set(words)]
-        if path.is_file() and path.suffix in SPLIT_SUFFIXES and len(names) == 1:
-            found.setdefault(names[0], []).append(path)
+    with text_files.readable(folder):
+        for path in sorted(folder.iterdir()):
+            stem = SPLIT_STEM.fullmatch(path.stem.lower())
+            names = [split for split, spellings in SPLITS.items() if stem and stem[1] in spellings]
+            if names and path.suffix.lower() in SPLIT_SUFFIXES and path.is_file():
+                found.setdefault(names[0], []).append(path)
     for split, files in found.items():
-        formats = sorted({file.suffix for file in files})
+        formats = sorted({file.suffix.lower() for file in files})
         if len(found) > 1 and len(formats) > 1:
             raise UserError(f"{folder} has {split} files in {' and '.join(formats)}: leave one format")
     return {split: found[split] for split in SPLITS if split in found} if len(found) > 1 else {}
 
 
 def _folder_files(folder: Path) -> tuple[list[Path], int]:
-    """The files below a folder, by name, without hidden, empty and binary ones; and how many were binary."""
+    """The files below a folder, by name, without hidden, blank and binary ones; and how many were binary."""
     files: list[Path] = []
     skipped = 0
-    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or not path.is_file() or path.stat().st_size == 0:
-            continue
-        if path.suffix != ".parquet" and text_files.is_binary(path):
-            skipped += 1
-        else:
-            files.append(path)
+    with text_files.readable(folder):
+        for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            if hidden or not path.is_file() or path.stat().st_size == 0:
+                continue
+            if path.suffix.lower() != ".parquet" and text_files.is_binary(path):
+                skipped += 1
+            elif not text_files.is_blank(path):
+                files.append(path)
     if not files:
         raise UserError(f"{folder} holds no text file ({skipped} binary): give {ALLOWED}")
     return files, skipped

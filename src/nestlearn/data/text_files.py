@@ -11,6 +11,7 @@ import difflib
 import importlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,54 @@ def read_documents(path: Path) -> Iterator[Iterator[str]]:
     >>> ["".join(document) for document in read_documents(path)]
     ['one']
     """
-    try:
+    with readable(path):
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty: give a file that holds text")
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             yield from (iter((text,)) for text in _jsonl(path) if text.strip())
-        elif path.suffix == ".parquet":
+        elif path.suffix.lower() == ".parquet":
             yield from (iter((text,)) for text in _parquet(path) if text.strip())
         else:
             path.open("rb").close()  # what cannot be opened is said here
             yield _pieces(path)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What the system says against reading ``path``, or something in it, as one line."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
+
+
+def find_path(name: str | Path, what: str) -> Path:
+    """``name`` as a path with ``~`` expanded, which need not exist.
+
+    Raises `UserError`, which calls it ``what``, for a name that no path can have.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, not permitted; the home of a user that does not exist
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} {str(name)!r} cannot be looked up: {reason}") from None
+    return path
+
+
+def absolute(name: str, keywords: Iterable[str]) -> str:
+    """``name`` made absolute if it is an existing path; unchanged if it is empty or one of ``keywords`` (up to its
+    colon), even if the working folder has a file of that name."""
+    if not name or name.partition(":")[0] in keywords:
+        return name
+    path = find_path(name, "path")
+    return str(path.resolve()) if path.exists() else name
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a file holds nothing but white space; other files are read up to their first text."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return not any(piece.strip() for piece in iter(lambda: file.read(PIECE_BYTES), ""))
 
 
 def is_binary(path: Path) -> bool:
@@ -87,12 +124,17 @@ def _jsonl(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
-                line = raw.decode("utf-8").strip()
+                text = raw.decode("utf-8")
+                line = (text.removeprefix("\ufeff") if number == 1 else text).strip()
                 row = json.loads(line) if line else {COLUMN: ""}
             except UnicodeDecodeError as error:
                 raise UserError(_not_utf8(path, offset + error.start)) from None
             except json.JSONDecodeError as error:
                 raise UserError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
+            except (ValueError, RecursionError):  # Python's own limits
+                raise UserError(
+                    f"{path} line {number} has a number too long or lists nested too deep to read: shorten it"
+                ) from None
             offset += len(raw)
             if not isinstance(row, dict):
                 raise UserError(f"{path} line {number} is not an object: give lines like {{'{COLUMN}': '...'}}")

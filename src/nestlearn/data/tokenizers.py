@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nestlearn.data.corpus import Corpus
 from nestlearn.data.streams import text_units
+from nestlearn.data.text_files import find_path
 from nestlearn.errors import UserError
 
 # One token begins and ends a document, as in GPT-2: a start token of its own would never be seen in packed
@@ -17,6 +23,9 @@ from nestlearn.errors import UserError
 END = "<|endoftext|>"
 PAD = "<|pad|>"
 SPECIAL = (END, PAD)
+TOKENIZER_KEYWORDS = ("bytes", "bpe")
+FILES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken")  # of which a tokenizer's folder has some
+LARGEST = 1_000_000  # tokens of a BPE vocabulary
 ALLOWED = "'bytes', 'bpe:SIZE', or the folder or name of a Hugging Face tokenizer"
 
 
@@ -37,22 +46,61 @@ def load_tokenizer(spec: str, corpus: Corpus | None = None) -> PreTrainedTokeniz
         return _wrap(_byte_level(models.BPE(vocab=_byte_vocabulary(), merges=[]), words=False))
     if spec.partition(":")[0] == "bpe":
         return _train_bpe(spec, corpus)
-    if not spec or (not Path(spec).exists() and difflib.get_close_matches(spec, ["bytes", "bpe"], n=1, cutoff=0.7)):
+    path = find_path(spec, "tokenizer")
+    if spec and path.is_dir():
+        return read_tokenizer(path)
+    if not spec or difflib.get_close_matches(spec, TOKENIZER_KEYWORDS, n=1, cutoff=0.7):
         raise UserError(f"unknown tokenizer {spec!r}: give {ALLOWED}")
+    return _from_pretrained(spec, f"cannot load tokenizer {spec!r} (give {ALLOWED})")
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``save_pretrained`` wrote into a folder. Raises `UserError` if none or a damaged one is."""
+    if not any(any(folder.glob(pattern)) for pattern in FILES):
+        raise UserError(f"{folder} has no tokenizer: copy the tokenizer files of the model into it")
+    return _from_pretrained(folder, f"{folder} has a damaged tokenizer, copy its files again", local_files_only=True)
+
+
+def _from_pretrained(name: str | Path, what: str, **options: Any) -> PreTrainedTokenizerBase:
+    with blame(what):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        assert tokenizer is not None
+        return tokenizer
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside as a `UserError`: ``what``, then the reason.
+
+    For reading what others wrote by means of transformers: a wrong type at a place that it does not check comes
+    out as any exception at all, and tokenizers raises plain ``Exception``.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot load tokenizer {spec!r}: give {ALLOWED} ({reason})") from None
-    assert tokenizer is not None
-    return tokenizer
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error of one of Hugging Face's packages says, in one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # A strict dataclass names the validator on the first line and what is wrong on the last one.
+    text = lines[-1] if isinstance(error, StrictDataclassError) else " ".join(lines)
+    text = " ".join(text.split()).removeprefix("ValueError: ").removeprefix("TypeError: ").removeprefix("UserError: ")
+    if match := re.match(r"Field '(.+?)' (?:with value (.+?) doesn't match|expected \S.*\(value: (.+)\)$)", text):
+        text = f"{match[1]}={match[2] or match[3]}: has the wrong type"
+    elif isinstance(error, KeyError):
+        text = f"{text} is missing"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _train_bpe(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase:
     size = spec.partition(":")[2]
     least = 256 + len(SPECIAL)
-    if not size.isdecimal() or int(size) < least:
-        raise UserError(f"tokenizer {spec!r}: SIZE is the size of the vocabulary, {least} or more, as in bpe:8192")
+    if not size.isdecimal() or len(size) > 9 or not least <= int(size) <= LARGEST:
+        raise UserError(
+            f"tokenizer {spec[:40]!r}: SIZE is the size of the vocabulary, {least} to {LARGEST}, as in bpe:8192"
+        )
     if corpus is None:
         raise UserError(f"tokenizer {spec!r} is trained on a corpus, and none is given: name one")
     tokenizer = _byte_level(models.BPE(), words=True)
@@ -81,6 +129,7 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
         bos_token=END,
         eos_token=END,
         pad_token=PAD,
+        padding_side="left",  # so that a batch of prompts ends with their last tokens
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )

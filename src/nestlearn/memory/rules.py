@@ -38,6 +38,7 @@ def _over(gate: Gate, dims: int) -> Gate:
 def hebbian(w: Matrix, k: Key, v: Value, eta: Gate, alpha: Gate = 1.0) -> Matrix:
     """Hebbian rule with decay (Eq. 5, 64): ``alpha W + eta v k^T``, a gradient step on ``-<W k, v>``.
 
+    >>> import torch
     >>> hebbian(torch.zeros(1, 2), torch.tensor([1.0, 0.0]), torch.tensor([3.0]), eta=0.5)
     tensor([[1.5000, 0.0000]])
     """
@@ -81,6 +82,7 @@ def dgd(w: Matrix, k: Key, error: Value, eta: Gate, alpha: Gate = 1.0) -> Matrix
 def implicit_step(eta: Gate, k: Tensor) -> Gate:
     """The step ``eta / (1 + eta ||k||^2)`` that makes :func:`dgd` the exact minimiser of Eq. 56.
 
+    >>> import torch
     >>> implicit_step(1.0, torch.tensor([1.0, 0.0]))
     tensor(0.5000)
     """

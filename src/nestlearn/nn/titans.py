@@ -103,7 +103,7 @@ class SelfReferentialTitans(nn.Module):
         bounded: bool = True,
         normalize_v: bool = True,
         clip_values: bool = True,
-        norm_limit: float | None = 4.0,
+        norm_limit: float | None = 2.0,
         retained: tuple[float, float] = (0.98, 0.998),
         gate: bool = True,
     ) -> None:

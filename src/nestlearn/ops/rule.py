@@ -63,7 +63,7 @@ class WriteRule:
     bounded: bool = True
     normalize_v: bool = True
     clip_values: bool = True
-    norm_limit: float | None = 4.0
+    norm_limit: float | None = 2.0
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "chunk_size_other"):

@@ -7,9 +7,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 
 from nestlearn.errors import UserError
+
+COLDEST = 1e-4  # below it, logits divided by the temperature may overflow, and the most likely token is certain
+
+
+class _Finite(LogitsProcessor):
+    """Refuses logits that no token can be chosen from."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not scores.amax().isfinite():
+            raise UserError("the model's logits are not finite (NaN or infinite): use another checkpoint")
+        return scores
 
 
 class _Relay(TextStreamer):
@@ -43,10 +61,10 @@ def generate_text(
     """Continue ``prompt`` until the model ends the document or ``max_new_tokens`` are made; the new text.
 
     ``on_text`` is called with every finished piece of it, in the thread of the caller. An empty prompt
-    begins a document. ``temperature``: divides the logits; 0 takes the most likely token each time.
+    begins a document. ``temperature``: divides the logits; 0 (or below 1e-4) takes the most likely token each time.
     ``top_p``: the share of the probability, from the top, that is sampled from. ``seed``: the same text for
-    the same seed; the random state of the caller is left alone if it is given. Raises `UserError` for
-    values out of range.
+    the same seed; the random state of the caller is left alone if it is given. What ``model.generation_config``
+    says has no effect. Raises `UserError` for values out of range and for logits that are not finite.
 
     >>> import transformers; from nestlearn.data import load_tokenizer
     >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=258, hidden_size=8,
@@ -59,6 +77,8 @@ def generate_text(
         raise UserError(f"temperature {temperature}: give 0 (the most likely token) or more")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p {top_p}: give a share above 0, at most 1")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise UserError(f"seed {seed}: give 0 to 2**64 - 1")
     inputs = _inputs(tokenizer, prompt)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -67,7 +87,7 @@ def generate_text(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,
-        **(sampling if temperature > 0 else {"do_sample": False}),
+        **(sampling if temperature >= COLDEST else {"do_sample": False}),
     )
     pieces: list[str] = []
 
@@ -78,14 +98,19 @@ def generate_text(
 
     generator: Any = model  # for the type checker every attribute of a module is a tensor
     cuda = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        generator.generate(
-            **{name: value.to(model.device) for name, value in inputs.items()},
-            generation_config=config,
-            streamer=_Relay(tokenizer, relay),
-        )
+    own, generator.generation_config = generator.generation_config, config  # it would fill in what ours leaves out
+    try:
+        with torch.random.fork_rng(devices=cuda, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            generator.generate(
+                **{name: value.to(model.device) for name, value in inputs.items()},
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_Finite()]),
+                streamer=_Relay(tokenizer, relay),
+            )
+    finally:
+        generator.generation_config = own
     return "".join(pieces)
 
 

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
+from nestlearn.data.text_files import find_path
+from nestlearn.data.tokenizers import blame, read_tokenizer, reason
 from nestlearn.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -37,12 +37,12 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         ...
     nestlearn.errors.UserError: no model folder 'no/such/folder': give the run folder of `nestlearn train`
     """
-    folder = Path(path).expanduser()
+    folder = find_path(path, "model folder")
     if not folder.is_dir():
         raise UserError(f"no model folder {str(path)!r}: give the run folder of `nestlearn train`")
     config = _config(folder)
     _check_weights(folder)
-    tokenizer = _tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     model = _weights(folder, config)
     size = config.get_text_config().vocab_size
     if len(tokenizer) > size:
@@ -58,22 +58,25 @@ def _config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if "model_type" not in _json(path):
         raise UserError(f"{path} names no model_type: it is not the config.json of a language model")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise UserError(f"cannot use {path}: {_line(error)}") from None
+    with blame(f"cannot use {path}"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{path} is of type {config.model_type!r}, which is no causal language model")
+    size = config.get_text_config().vocab_size
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        if any(token is not None and token >= size for token in (value if isinstance(value, list) else [value])):
+            raise UserError(f"cannot use {path}: {name}={value} is not below vocab_size={size}")
     return config
 
 
 def _check_weights(folder: Path) -> None:
     """Every file of weights is there and its header fits its length."""
     if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(_json(folder / INDEX)["weight_map"].values()))
-        except (KeyError, AttributeError, TypeError):
-            raise UserError(f"{folder / INDEX} has no weight_map: save the model again") from None
+        shards = _json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise UserError(f"{folder / INDEX} has no weight_map from names to files: save the model again")
+        names = sorted(set(shards.values()))
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -85,35 +88,25 @@ def _check_weights(folder: Path) -> None:
             with safe_open(folder / name, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            reason = _line(error)
-            raise UserError(f"{folder / name} is corrupt or truncated ({reason}): use another checkpoint") from None
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        missing = not (folder / "tokenizer.json").is_file()
-        what = "has no tokenizer" if missing else f"has a damaged tokenizer ({_line(error)})"
-        raise UserError(f"{folder} {what}: copy the tokenizer files of the model into it") from None
-    assert tokenizer is not None
-    return tokenizer
+            raise UserError(
+                f"{folder / name} is corrupt or truncated ({reason(error)}): use another checkpoint"
+            ) from None
 
 
 def _weights(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the report of what does not fit is ours to give, in one line
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot load {folder}: {_line(error)}") from None
+        with blame(f"cannot load {folder}"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     finally:
         logging.set_verbosity(verbosity)
     for kind, what in (("missing_keys", "are missing"), ("mismatched_keys", "have another shape")):
@@ -130,13 +123,8 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no model folder: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {_line(error)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is no JSON object: save the model again")
     return value
-
-
-def _line(error: Exception) -> str:
-    """The first sentence of an error that may be a page long."""
-    return " ".join(str(error).split())[:120]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 
 from nestlearn.errors import UserError, nearest
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
 
 # Given by the tokenizer and the data, or not part of an architecture.
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOO_LARGE = ("memory", "storage size", "overflow", "not enough", "unpack")
 RESERVED = (*TOKENS, "vocab_size", "max_position_embeddings", "use_cache")
 
 
@@ -76,24 +75,34 @@ def _plain(value: Any) -> Any:
 
 
 def _configure(recipe: ModelRecipe, **tokens: Any) -> PreTrainedConfig:
-    cls = config_class(recipe.kind)
+    from nestlearn.data.tokenizers import reason
+
+    for name, value in recipe.options.items():  # HopeConfig checks this itself, LlamaConfig does not
+        if (name.startswith("num_") or name.endswith("_size")) and isinstance(value, int) and value < 1:
+            raise UserError(f"[model] of the recipe: {name}={value}: must be at least 1")
     try:
-        hints = inspect.get_annotations(cls, eval_str=True)
-        for name, value in recipe.options.items():
-            type_validator(name, value, hints[name])  # before the constructor computes with the value
-        return cls(**recipe.options, **tokens)
+        return config_class(recipe.kind)(**recipe.options, **tokens)
     except (StrictDataclassError, ValueError, TypeError) as error:
-        # Hugging Face puts the name of its validator on the first line and what is wrong on the last one.
-        reason = str(error).strip().splitlines()[-1].strip()
-        reason = reason.removeprefix("ValueError: ").removeprefix("TypeError: ").removeprefix("UserError: ")
-        raise UserError(f"[model] of the recipe: {reason}") from error
+        raise UserError(f"[model] of the recipe: {reason(error)}") from error
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of a configuration, with fresh float32 weights."""
+    """The causal language model of a configuration, with fresh float32 weights.
+
+    Raises `UserError` if its layers refuse the configuration or its weights cannot be allocated.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        # torch has no class of its own for a tensor that is too large.
+        if not any(word in str(error).lower() for word in TOO_LARGE):
+            raise
+        raise UserError(
+            f"a model of hidden_size={config.hidden_size}, vocab_size={config.vocab_size} and num_hidden_layers="
+            f"{config.num_hidden_layers} does not fit into the memory: make it smaller"
+        ) from error
 
 
 def count_parameters(model: torch.nn.Module) -> int:

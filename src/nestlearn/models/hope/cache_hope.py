@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -82,11 +83,17 @@ class HopeCacheLayer(CacheLayerMixin):
             rows = torch.arange(self.batch_size, device=self.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
+    def __deepcopy__(self, memo: dict[int, object]) -> HopeCacheLayer:
+        """A layer that goes on by itself. The tensors are shared: a new state replaces the old, nothing writes into
+        it (and torch would not copy those that carry gradients)."""
+        return copy.copy(self)
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise UserError(
                 "the state of a Hope model cannot take tokens back, so it cannot be cropped: "
-                "generate without an assistant model or prompt lookup, or copy the cache before"
+                "generate without an assistant model or prompt lookup, or keep "
+                "copy.deepcopy(past_key_values) from before those tokens"
             )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

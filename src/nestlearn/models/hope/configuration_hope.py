@@ -1,12 +1,16 @@
 """The configuration of a Hope language model."""
 
-from __future__ import annotations
-
-from dataclasses import field
+# No `from __future__ import annotations`: @strict checks no type that is a string.
+import inspect
+import math
+import reprlib
+from collections.abc import Callable
+from dataclasses import field, fields
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -14,10 +18,30 @@ from nestlearn.errors import UserError, nearest
 
 BLOCK_TYPES = ("hope", "hope-attention", "attention")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-SIZES += ("conv_size", "chunk_size", "max_position_embeddings")
+SIZES += ("conv_size", "chunk_size", "memory_hidden_size", "max_position_embeddings")
+MOST_LAYERS = 10_000  # each is a Python object, so more would fill the memory before any weight does
+POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range", "eta_max", "norm_limit")
 CACHE_LAYER_TYPE = "hope_state"  # names our cache layer in transformers' mapping
 
+T = TypeVar("T", bound=type)
 
+
+def plain_type_errors(cls: T) -> T:
+    """A strict dataclass whose refusal of a type is a `UserError` of one line."""
+    assign: Any = cls.__setattr__
+    types = {f.name: inspect.formatannotation(f.type).replace(" | ", " or ") for f in fields(cls)}
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        try:
+            assign(self, name, value)
+        except StrictDataclassFieldValidationError:
+            raise UserError(f"{name}={reprlib.repr(value)}: must be {types[name]}") from None
+
+    cls.__setattr__ = __setattr__  # type: ignore[assignment]
+    return cls
+
+
+@plain_type_errors
 @strict
 class HopeConfig(PreTrainedConfig):
     """Shape and switches of :class:`HopeForCausalLM`.
@@ -46,8 +70,9 @@ class HopeConfig(PreTrainedConfig):
         use_cache: whether a forward pass outside training returns its state.
 
     Raises:
-        UserError: an unknown block type, a list of the wrong length, a size below 1, or heads that do not divide
-            the width. Switches of a layer are checked by the layer when the model is built.
+        UserError: a value of the wrong type, an unknown block type, a list of the wrong length, a number outside
+            its range, or heads that do not divide the width. Other switches of a layer are checked by the layer
+            when the model is built.
 
     >>> HopeConfig(num_hidden_layers=2, block_types=["hope", "attention"]).block_types
     ['hope', 'attention']
@@ -79,13 +104,13 @@ class HopeConfig(PreTrainedConfig):
     inner_gates: bool = True
     self_values: bool = True
     retention: str = "start"
-    write_scale: float | None = 0.05
+    write_scale: float | int | None = 0.05
     eta_max: float | int | None = None
     bounded: bool = True
     normalize_v: bool = True
     clip_values: bool = True
-    norm_limit: float | int | None = 4.0
-    retained: list[float] = field(default_factory=lambda: [0.98, 0.998])
+    norm_limit: float | int | None = 2.0
+    retained: list[float | int] = field(default_factory=lambda: [0.98, 0.998])
     gate: bool = True
     shared_input: bool = False
 
@@ -93,10 +118,10 @@ class HopeConfig(PreTrainedConfig):
     cms_variant: str = "sequential"
     cms_activation: str = "swiglu"
 
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float | int = 1e-6
     rope_theta: float | int = 10_000.0
     max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -104,9 +129,7 @@ class HopeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        self._check_numbers()
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
@@ -125,6 +148,22 @@ class HopeConfig(PreTrainedConfig):
         # A configuration is of use only with its models; importing them makes the auto classes know them.
         import_module("nestlearn.models.hope.modeling_hope")
         super().__post_init__(**kwargs)
+
+    def _check_numbers(self) -> None:
+        def require(name: str, holds: Callable[[Any], bool], what: str) -> None:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{name}={value}: must be {what}")
+
+        for name in SIZES:
+            require(name, lambda value: value >= 1, "at least 1")
+        for name in POSITIVE:
+            require(name, lambda value: 0 < value < math.inf, "positive and finite")
+        require("num_hidden_layers", lambda value: value <= MOST_LAYERS, f"at most {MOST_LAYERS}")
+        require("write_scale", lambda value: 0 < value < 1, "between 0 and 1")
+        require(
+            "retained", lambda value: len(value) == 2 and all(0 < v < 1 for v in value), "two numbers between 0 and 1"
+        )
 
     @property
     def layer_types(self) -> list[str]:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -280,6 +280,22 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    # config.max_position_embeddings is a record and no limit: no default length ends there, and no warning is due.
+
+    def _prepare_generated_length(self, **kwargs: Any) -> GenerationConfig:  # type: ignore[override]
+        default = kwargs["generation_config"].max_length  # new tokens
+        config = super()._prepare_generated_length(**kwargs)  # type: ignore[misc]
+        if kwargs["has_default_max_length"] and config.max_new_tokens is None:
+            config.max_length = default + kwargs["input_ids_length"]
+        return config
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
 
     def _prepare_static_cache(self, cache_implementation: str, *args: Any, **kwargs: Any) -> NoReturn:
         raise UserError(
