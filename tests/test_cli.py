@@ -1,6 +1,8 @@
 """The command line: what it prints, where, and with which exit code."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -172,7 +174,7 @@ def test_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     code, as_json, _ = run(capsys, monkeypatch, *words, "--json")
     result = json.loads(as_json)
     assert result["prompt"] + result["text"] + "\n" == out
-    monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("line 1"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"line 1")))
     code, piped, _ = run(capsys, monkeypatch, *words[:2], "--prompt", "-", *words[4:])
     assert piped == out
 
@@ -184,4 +186,62 @@ def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr("nestlearn.train.loading.load_model", interrupted)
     code, _, err = run(capsys, monkeypatch, "generate", str(trained), "--prompt", "x")
     assert code == 130
-    assert "Traceback" not in err
+    assert err.strip() == "interrupted"
+
+
+def test_ctrl_c_before_training(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nestlearn.train.run.train", interrupted)
+    code, out, err = run(capsys, monkeypatch, "train", "--preset", "tiny", "--out", str(tmp_path / "run"))
+    assert (code, out) == (130, "")
+    assert err == "interrupted before the first step: nothing was saved\n"
+
+
+NESTLEARN = f"{sys.executable} -c 'from nestlearn.cli import main; main()'"
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (f"{NESTLEARN} --help >/dev/full", 2, "error: cannot write the output: No space left on device\n"),
+        (f"{NESTLEARN} --help >&-", 0, ""),
+        (f"{NESTLEARN} --help 2>&-", 0, ""),
+        (f"{NESTLEARN} generate absent --prompt - <&-", 2, "error: --prompt - reads standard input, which is closed"),
+        (
+            f"printf 'a\\377' | {NESTLEARN} generate absent --prompt -",
+            2,
+            "error: standard input is not UTF-8 text (byte 1)",
+        ),
+        (f"{NESTLEARN} train --resume --out {'a' * 300}", 2, f"error: {'a' * 300}/run.toml: File name too long\n"),
+        (f"{NESTLEARN} train --preset tiny --out {'a' * 300}", 2, f"error: cannot write to {'a' * 300} (File name too"),
+        (NESTLEARN, 2, ""),
+    ],
+)
+def test_streams_and_files_that_fail_are_one_line(tmp_path: Path, command: str, code: int, message: str) -> None:
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert finished.returncode == code, finished.stderr
+    assert finished.stderr.startswith(message)
+    assert finished.stderr.count("\n") == bool(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_ends_quietly_and_any_character_is_printed() -> None:
+    code = (
+        "import sys; from nestlearn import cli\n"
+        "cli.app = lambda **_: print('\\u65e5' * int(sys.argv[1]), end='')\n"
+        "cli.main()"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run([*command, "3"], capture_output=True, text=True, env=environment)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "???", "")
+    process = subprocess.Popen([*command, "9"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait() == 141

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -73,13 +75,14 @@ def train(
     if tokens is not None:
         recipe = recipe.replace("train", tokens=tokens)
 
-    from nestlearn.train import run
-
     try:
+        from nestlearn.train import run
+
         result = run.train(recipe, out or _run_folder(Path("runs"), name, resume), resume)
-    except run.Interrupted as stop:
-        typer.echo(str(stop), err=True)
-        raise typer.Exit(130) from stop
+    except KeyboardInterrupt as stop:  # without a message while the imports go on
+        kept = "the run is as it was" if resume else "nothing was saved"
+        print(str(stop) or f"interrupted before the first step: {kept}", file=sys.stderr)
+        raise SystemExit(130) from stop
     if as_json:
         _print_json(result)
     else:
@@ -135,14 +138,14 @@ def generate(
 
     Example: nestlearn generate runs/tiny-1 --prompt "def main("
     """
+    given = _read_stdin() if prompt == "-" else prompt  # before the slow imports
+
     from nestlearn.train.generate import generate_text
 
     loaded, tokenizer = _load(model)
-    given = sys.stdin.read() if prompt == "-" else prompt
 
     def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        print(text, end="", flush=True)
 
     if not as_json:
         show(given)
@@ -180,8 +183,19 @@ def _load(folder: Path) -> Any:
     return loading.load_model(folder)
 
 
+def _read_stdin() -> str:
+    try:
+        if sys.stdin is None:
+            raise UserError("--prompt - reads standard input, which is closed: pipe the text in")
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text (byte {error.start}): convert it") from error
+    except OSError as error:
+        raise UserError(f"cannot read standard input ({error.strerror}): pipe the text in") from error
+
+
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
+    print(json.dumps(value, allow_nan=False))
 
 
 def _print_result(result: dict[str, Any]) -> None:
@@ -212,20 +226,55 @@ def _print_result(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The console entry: a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    """The console entry: a user's mistake is one line on stderr and exit code 2, Ctrl-C is exit code 130.
+
+    A reader that closes the pipe ends the program without a word.
+    """
+    _prepare_output()
     try:
         code = app(prog_name="nestlearn", standalone_mode=False)
+        if code == 130:  # what Typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except ClickException as error:  # an unknown command or option, a missing or wrong argument
-        _fail(" ".join(error.format_message().split()))  # pyrefly: ignore[missing-attribute]
+        message = " ".join(error.format_message().split())  # pyrefly: ignore[missing-attribute]
+        if message:
+            _fail(message)
+        sys.exit(2)  # without any argument the help has been printed
     except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(141)  # 128 + SIGPIPE
+    except OSError as error:
+        _fail(f"{error.filename or 'cannot write the output'}: {error.strerror or error}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _prepare_output() -> None:
+    """Streams that take any character, and that are there even if the caller has closed them."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _discard_output() -> None:
+    """Drop what standard output cannot take; Python would try once more at exit and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
+    _discard_output()
     sys.exit(2)
 
 

@@ -7,7 +7,9 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from nestlearn.errors import UserError
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -35,8 +37,30 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
+    """Write ``value`` as indented JSON, atomically. Raises ``ValueError`` for NaN and infinity, which JSON lacks."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_atomic(path, lambda p: p.write_text(text))
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises `UserError` that names the file and ends with ``remedy`` if it holds none."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no valid JSON"
+        raise UserError(f"{path} is damaged ({reason}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (no JSON object): {remedy}")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """``json.loads`` without the NaN and infinity that Python reads though JSON lacks them."""
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def make_readable(path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data import load_tokenizer, stream_documents, streams
 from nestlearn.errors import UserError
-from nestlearn.train.evaluate import evaluate_text
+from nestlearn.train.evaluate import NotFinite, evaluate_text
 
 BYTES = load_tokenizer("bytes")
 TEXT = "def f(x):\n    return 'é日' + x\n" * 4
@@ -183,6 +183,14 @@ def test_loss_that_is_not_finite_is_named_by_position(bigram, mode, value):
     text = "abc" * 9 + "q!" + "abc" * 9
     with pytest.raises(UserError, match="loss of token 29 is not finite") as error:
         evaluate_text(bigram, BYTES, [text], context_length=8, **mode)
+    assert "\n" not in str(error.value)
+
+
+def test_a_perplexity_beyond_float64_is_refused_with_its_nats(bigram):
+    with torch.no_grad():
+        bigram.table.weight[:, 0] = 5000.0
+    with pytest.raises(NotFinite, match=r"perplexity of 4\d{3}\.?\d* nats per token is too large") as error:
+        evaluate_text(bigram, BYTES, [TEXT], context_length=8)
     assert "\n" not in str(error.value)
 
 

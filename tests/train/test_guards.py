@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nestlearn.errors import UserError
+from nestlearn.files import parse_json
 from nestlearn.train import checkpoint
 from nestlearn.train.callbacks import Interrupt, read_metrics
+from nestlearn.train.evaluate import NotFinite
 from nestlearn.train.recipe import Recipe, dump
 from nestlearn.train.run import Interrupted, resume_command, train
 from nestlearn.train.trainer import LanguageModelTrainer
@@ -93,20 +95,55 @@ def resize(disk: Path, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
+def test_a_disk_that_became_read_only(recipe: Recipe, small_disk: Path) -> None:
+    out = small_disk / "run"
+    resize(small_disk, "300k")
+    with pytest.raises(UserError, match="the disk is full"):
+        train(recipe, out)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError) as caught:
+        train(recipe, out, resume=True)
+    assert str(caught.value).startswith(f"cannot write to {out} (Read-only file system): the")
+    assert str(caught.value).endswith(f"; put that right and resume with: {resume_command(out)}")
+
+
 def test_safetensors_tells_of_a_full_disk_as_python_does(small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught, checkpoint.disk_errors():
         save_file({"x": torch.zeros(10**6)}, small_disk / "x.safetensors")
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_other_file_errors_are_not_called_a_full_disk(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("code", [errno.EIO, errno.EFBIG, errno.ENOENT, errno.EROFS, errno.EACCES])
+def test_other_file_errors_are_one_line_and_no_full_disk(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def broken(*args: Any) -> None:
-        raise OSError(errno.EIO, "device broke")
+        raise OSError(code, os.strerror(code))
 
+    out = tmp_path / "run"
     monkeypatch.setattr(checkpoint, "save_file", broken)
-    with pytest.raises(OSError, match="device broke"):
+    with pytest.raises(UserError) as caught:
+        train(recipe, out)
+    assert str(caught.value) == (
+        f"cannot write to {out} ({os.strerror(code)}): there is no checkpoint yet; "
+        f"put that right and resume with: {resume_command(out)}"
+    )
+
+
+@pytest.mark.parametrize("out", ["/proc/foo", "a" * 300, "/dev/null/run"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_cannot_be_is_one_line(recipe: Recipe, out: str, resume: bool) -> None:
+    with pytest.raises(UserError, match=r"give another folder with --out|holds no run to resume") as caught:
+        train(recipe, out, resume=resume)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_pipe_is_no_file_error(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "nobody reads")
+
+    monkeypatch.setattr("nestlearn.train.callbacks.Progress.on_log", broken)
+    with pytest.raises(BrokenPipeError):
         train(recipe, tmp_path / "run")
 
 
@@ -137,6 +174,85 @@ def test_a_number_that_is_not_finite_stops_the_run(
     checkpoint.verify(kept)
     assert all(torch.isfinite(tensor).all() for tensor in load_file(kept / "model.safetensors").values())
     assert not (out / "model.safetensors").exists()
+
+
+def spoil(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("when", "message", "kept"),
+    [
+        ("step 6", "the weights became NaN or infinite (model.embed_tokens.weight) at step 6", 3),
+        ("step 12", "the validation loss became nan at step 12", 9),
+        ("evaluation", "the validation loss became inf at step 4", 3),
+        ("end", "the weights became NaN or infinite (model.embed_tokens.weight) at step 12", 12),
+        ("result", "the validation loss became infinite or too large at step 12", 12),
+    ],
+)
+def test_what_is_not_finite_is_never_written(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, message: str, kept: int
+) -> None:
+    after_step, loss = LanguageModelTrainer._maybe_log_save_evaluate, LanguageModelTrainer.compute_loss
+    whole = LanguageModelTrainer.train
+
+    def spoiled_step(self: LanguageModelTrainer, *args: Any, **kwargs: Any) -> None:
+        if when == f"step {self.state.global_step}":
+            spoil(self.model)
+        after_step(self, *args, **kwargs)
+
+    def spoiled_loss(self: LanguageModelTrainer, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        value = loss(self, model, *args, **kwargs)
+        if when != "evaluation" or model.training:
+            return value
+        return (value[0] * float("inf"), *value[1:]) if isinstance(value, tuple) else value * float("inf")
+
+    def spoiled_end(self: LanguageModelTrainer, *args: Any, **kwargs: Any) -> None:
+        whole(self, *args, **kwargs)
+        if when == "end":
+            spoil(self.model)
+
+    def spoiled_result(*args: Any, **kwargs: Any) -> Any:
+        raise NotFinite("the loss of token 3 is not finite")
+
+    monkeypatch.setattr(LanguageModelTrainer, "_maybe_log_save_evaluate", spoiled_step)
+    monkeypatch.setattr(LanguageModelTrainer, "compute_loss", spoiled_loss)
+    monkeypatch.setattr(LanguageModelTrainer, "train", spoiled_end)
+    if when == "result":
+        monkeypatch.setattr("nestlearn.train.run.evaluate_text", spoiled_result)
+    out = tmp_path / "run"
+    with pytest.raises(UserError) as caught:
+        train(recipe, out)
+    newest = out / "checkpoints" / f"checkpoint-{kept}"
+    assert str(caught.value) == (
+        f"{message} of 12: the last checkpoint is {newest}; start again with a lower learning rate"
+    )
+    for path in checkpoint.list_checkpoints(out / "checkpoints"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path / "model.safetensors").values())
+    assert not (out / "model.safetensors").exists()
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        parse_json(line)  # which refuses NaN
+
+
+def test_a_baseline_that_diverges_leaves_the_model(
+    hope_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LanguageModelTrainer.compute_loss
+
+    def spoiled(self: LanguageModelTrainer, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, model, *args, **kwargs)
+        return loss * float("nan") if type(model).__name__ == "LlamaForCausalLM" else loss
+
+    monkeypatch.setattr(LanguageModelTrainer, "compute_loss", spoiled)
+    out = tmp_path / "run"
+    with pytest.raises(UserError) as caught:
+        train(hope_recipe, out)
+    assert str(caught.value) == (
+        "the baseline transformer++ diverged: the loss became nan at step 1 of 12: there is no checkpoint yet; "
+        f"the model hope is finished, in {out}; for both start again with a lower baseline.learning_rate"
+    )
+    assert (out / "model.safetensors").is_file()
 
 
 def test_an_absurd_learning_rate_is_caught(recipe: Recipe, tmp_path: Path) -> None:
@@ -180,6 +296,16 @@ def _once(handle: Any) -> Any:
             handle(self, *args)
 
     return handler
+
+
+def test_interrupt_before_the_first_step(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nestlearn.train.run.read_data", interrupted)
+    with pytest.raises(Interrupted, match=r"^interrupted before the first step: nothing was saved$"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_interrupt_stops_at_once() -> None:

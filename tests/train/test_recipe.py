@@ -16,6 +16,7 @@ from nestlearn.train.recipe import (
     ModelRecipe,
     Recipe,
     TrainRecipe,
+    changes,
     differences,
     dump,
     load_preset,
@@ -27,7 +28,11 @@ from nestlearn.train.run import resolve
 
 numbers = st.floats(0, 1e6, allow_subnormal=False)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**62), 2**62)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner.filter(lambda v: v is not None), max_size=3),
     max_leaves=4,
 )
@@ -64,7 +69,12 @@ def test_what_is_written_is_read_back_equal(recipe: Recipe) -> None:
         ("[train]\nbatch_size = true", "train.batch_size in FILE must be an integer, got true (true or false)"),
         ("[train]\nbatch_size = 0", "train.batch_size in FILE must be at least 1, got 0"),
         ("[train]\nwarmup = 1.5", "train.warmup in FILE must be between 0 and 0.999, got 1.5"),
-        ("[train]\nlearning_rate = nan", "train.learning_rate in FILE must be at least 0, got nan"),
+        ("[train]\nlearning_rate = nan", "train.learning_rate in FILE must be a finite number, got nan"),
+        ("[train]\nlearning_rate = 1e400", "train.learning_rate in FILE must be a finite number, got inf"),
+        (f"[train]\nweight_decay = 1{'0' * 400}", "train.weight_decay in FILE must be a finite number, got inf"),
+        ("[baseline]\nlearning_rate = inf", "baseline.learning_rate in FILE must be a finite number, got inf"),
+        ("[model]\nrope_theta = inf", "model.rope_theta in FILE must be a finite number, got inf"),
+        ("[model]\nx = [1, nan]", "model.x in FILE must be a finite number, got nan"),
         ("[train]\nschedule = 'cosin'", "unknown train.schedule 'cosin' in FILE; did you mean 'cosine'?"),
         ("[data]\nsource = ['a']", 'data.source in FILE must be a string, got ["a"] (a list)'),
         ("[model]\nkind = 'hop'", "unknown model.kind 'hop' in FILE; did you mean 'hope'?"),
@@ -92,7 +102,7 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, message: str) -> None:
         ),
         ("transformer++", {"chunk_size": 8}, "unknown key 'chunk_size' in [model] of kind 'transformer++'"),
         ("hope", {"vocab_size": 8}, "model.vocab_size is no key of a recipe: it follows from [data]"),
-        ("hope", {"hidden_size": "wide"}, "[model] of the recipe: Field 'hidden_size' expected int, got str"),
+        ("hope", {"hidden_size": "wide"}, "[model] of the recipe: hidden_size='wide'"),
         ("hope", {"block_types": ["hopp"], "num_hidden_layers": 1}, "unknown block type 'hopp'"),
         ("hope", {"hidden_size": 30, "num_attention_heads": 4}, "hidden_size=30 is not a multiple"),
         ("transformer++", {"hidden_size": 30, "num_attention_heads": 4}, "hidden size (30) is not a multiple"),
@@ -137,6 +147,13 @@ def test_resolving_writes_everything_out_and_changes_nothing(fixture: str, reque
     assert resolve(parse(dump(resolved))) == resolved
     if recipe.baseline.kind != "none":
         assert resolved.baseline.learning_rate == recipe.train.learning_rate
+
+
+def test_changes_are_told_with_both_values() -> None:
+    changed = Recipe(seed=1).replace("train", tokens=5, batch_size=2, warmup=0.5)
+    said = changes(changed, Recipe())
+    assert said == "seed is 1, was 0; train.batch_size is 2, was 8; train.tokens is 5, was 1000000; and 1 more"
+    assert changes(changed, changed) == ""
 
 
 def test_none_survives_the_file(recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """A run that is killed at any step and resumed ends with the weights of one that was not, to the bit."""
 
 import hashlib
+import json
 import random
 import shutil
 import signal
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from nestlearn.errors import UserError
 from nestlearn.train import checkpoint
 from nestlearn.train.callbacks import read_metrics
-from nestlearn.train.recipe import Recipe, dump
+from nestlearn.train.recipe import Recipe, dump, load_recipe
 from nestlearn.train.run import train
+from nestlearn.train.trainer import LanguageModelTrainer
 
 COMMAND = [sys.executable, "-c", "from nestlearn.cli import main; main()", "train"]
 
@@ -67,8 +69,8 @@ def test_killed_twice_and_resumed_is_bit_identical(hope_recipe: Recipe, tmp_path
 
 
 @pytest.fixture
-def stopped(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that stopped after its checkpoint of step 6, one of step 3 beside it."""
+def ended(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was killed between its last step, 12, and its result."""
     whole = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr("nestlearn.train.run._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -76,8 +78,14 @@ def stopped(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             train(recipe, whole)
     parent = whole / "checkpoints"
     assert [path.name for path in checkpoint.list_checkpoints(parent)] == ["checkpoint-9", "checkpoint-12"]
-    shutil.rmtree(parent / "checkpoint-12")
     return whole
+
+
+@pytest.fixture
+def stopped(ended: Path) -> Path:
+    """A run that stopped after its checkpoint of step 9."""
+    shutil.rmtree(ended / "checkpoints" / "checkpoint-12")
+    return ended
 
 
 def test_every_format_is_safetensors_or_json(stopped: Path) -> None:
@@ -113,18 +121,84 @@ def test_damaged_checkpoint_is_one_line(recipe: Recipe, stopped: Path, name: str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": "other"}', None])
+HEAD = f'{{"format": "{checkpoint.FORMAT}"'
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[1]", '{"format": "other"}', HEAD + "}", HEAD + ', "sha256": []}', HEAD + ', "sha256": {}}', None],
+)
 def test_foreign_checkpoint_is_one_line(recipe: Recipe, stopped: Path, content: str | None) -> None:
     manifest = stopped / "checkpoints" / "checkpoint-9" / "manifest.json"
     if content is None:
         manifest.unlink()
     else:
         manifest.write_text(content)
-    with pytest.raises(UserError, match=r"checkpoint-9 is (no|damaged)|no nestlearn checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoint-9(/manifest.json)? is (no|damaged).*delete") as caught:
+        train(recipe, stopped, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(recipe: Recipe, stopped: Path) -> None:
+    manifest = stopped / "checkpoints" / "checkpoint-9" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["sha256"]["model.safetensors"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged \(it lists no model\.safetensors\)"):
         train(recipe, stopped, resume=True)
 
 
-def test_other_data_or_recipe_is_refused(recipe: Recipe, stopped: Path, text: Path) -> None:
+def test_a_renamed_checkpoint_is_refused(recipe: Recipe, stopped: Path) -> None:
+    parent = stopped / "checkpoints"
+    (parent / "checkpoint-9").rename(parent / "checkpoint-12")
+    with pytest.raises(UserError, match="checkpoint-12 holds step 9: rename it to checkpoint-9 or delete it"):
+        train(recipe, stopped, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("result.json", b"", r"result\.json is damaged \(no valid JSON\): delete it"),
+        ("result.json", b"{", r"result\.json is damaged \(no valid JSON\): delete it"),
+        ("result.json", b"{}", r"result\.json is damaged \(it describes no model\): delete it"),
+        ("result.json", b'{"models": [{}]}', r"result\.json is damaged \(it describes no model\): delete it"),
+        ("metrics.jsonl", b"garbage\n", r"metrics\.jsonl is damaged .*: move it away"),
+        ("metrics.jsonl", b"\xff\xfe\n", r"metrics\.jsonl is damaged .*: move it away"),
+        ("metrics.jsonl", b"[]\n", r"metrics\.jsonl is damaged .*: move it away"),
+        ("metrics.jsonl", b'{"step": 1}\n', r"metrics\.jsonl is damaged .*: move it away"),
+        ("metrics.jsonl", b'{"step": 1, "tokens": NaN}\n', r"metrics\.jsonl is damaged .*: move it away"),
+        ("metrics.jsonl", None, r"metrics\.jsonl is damaged \(Is a directory\): move it away"),
+        ("checkpoints", b"", "checkpoints is a file where .* belongs: move it away"),
+        ("run.toml", b"", r"run\.toml is no longer the full recipe .*: copy .*checkpoint-9/run\.toml over it"),
+        ("run.toml", b"[", r"run\.toml is not valid TOML"),
+    ],
+)
+def test_damaged_side_files_are_one_line(
+    recipe: Recipe, stopped: Path, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    path = stopped / name
+    path.rename(tmp_path / "away") if path.exists() else None
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        train(recipe, stopped, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_remedies_work(recipe: Recipe, straight: bytes, stopped: Path) -> None:
+    (stopped / "metrics.jsonl").unlink()
+    (stopped / "run.toml").write_bytes((stopped / "checkpoints" / "checkpoint-9" / "run.toml").read_bytes())
+    train(recipe, stopped, resume=True)
+    assert (stopped / "model.safetensors").read_bytes() == straight
+    (stopped / "result.json").unlink()
+    assert train(recipe, stopped, resume=True)["models"][0]["tokens"] == 12 * 128
+    assert (stopped / "model.safetensors").read_bytes() == straight
+
+
+@pytest.mark.parametrize("state", ["stopped", "ended"])
+def test_other_data_or_recipe_is_refused(
+    recipe: Recipe, state: str, text: Path, request: pytest.FixtureRequest
+) -> None:
+    stopped: Path = request.getfixturevalue(state)
     with pytest.raises(UserError, match=r"another recipe .train.learning_rate differ"):
         train(recipe.replace("train", learning_rate=1e-4), stopped, resume=True)
     original = text.read_text()
@@ -134,6 +208,37 @@ def test_other_data_or_recipe_is_refused(recipe: Recipe, stopped: Path, text: Pa
             train(recipe, stopped, resume=True)
     finally:
         text.write_text(original)
+    file = stopped / "run.toml"
+    file.write_text(file.read_text().replace("hidden_size = 16", "hidden_size = 32"))
+    with pytest.raises(UserError, match=r"checkpoint-\d+ .model.hidden_size is 32, was 16.: undo that") as caught:
+        train(load_recipe(file), stopped, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_logged_loss_is_a_mean_across_a_resume(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 5 to 8 are one line; the run stops at the checkpoint of step 6."""
+    recipe = recipe.replace("train", log_every=4)
+    original = LanguageModelTrainer.training_step
+
+    def stopping(self: LanguageModelTrainer, *args: object) -> torch.Tensor:
+        if self.state.global_step == 7:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "stopped")
+    train(recipe, tmp_path / "stopped", resume=True)
+    train(recipe, tmp_path / "whole")
+    stopped, whole = (
+        [(row["step"], row["loss"]) for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("stopped", "whole")
+    )
+    assert [step for step, _ in whole] == [4, 8, 12]
+    assert stopped == whole
 
 
 def test_nothing_to_resume_is_one_line(recipe: Recipe, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from nestlearn.files import write_atomic
+from nestlearn.errors import UserError
+from nestlearn.files import parse_json, write_atomic
 
 
 class Throughput(TrainerCallback):
@@ -54,9 +55,8 @@ class Metrics(TrainerCallback):
         self.path, self.model, self.throughput = path, model, throughput
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        lines = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= state.global_step]
-        text = "".join(line + "\n" for line in lines)
-        write_atomic(self.path, lambda path: path.write_text(text))
+        lines = [_line(row) for row in read_metrics(self.path) if row["step"] <= state.global_step]
+        write_atomic(self.path, lambda path: path.write_text("".join(lines)))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # the curves end where the run does
@@ -75,18 +75,37 @@ class Metrics(TrainerCallback):
         else:
             return  # the Trainer's own summary at the end
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_line(row))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line that a killed process left unfinished is skipped."""
-    return list(_rows(path)) if path.is_file() else []
+    """The rows of a ``metrics.jsonl``; a last line that a killed process left unfinished is skipped.
+
+    Raises `UserError` for a file that holds something else.
+    """
+    try:
+        return list(_rows(path))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not the lines that a run writes"
+        raise UserError(
+            f"{path} is damaged ({reason}): move it away, then the curves begin at the last checkpoint"
+        ) from error
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
-            yield json.loads(line)
+            row = parse_json(line)
+            keys = {"step", "tokens", *(["tokens_per_second"] if "loss" in row else [])}
+            if not all(isinstance(row[key], (int, float)) for key in keys):
+                raise TypeError(f"no numbers in {line!r}")
+            yield row
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 class Progress(TrainerCallback):

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nestlearn.errors import UserError
-from nestlearn.files import sync_file
+from nestlearn.files import read_json, sync_file
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "trainer_state.json"
 FORMAT = "nestlearn training checkpoint, version 1"
 
 
@@ -37,7 +37,7 @@ def list_checkpoints(parent: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint's name.
+    """The optimizer step in a checkpoint's name; `verify` compares it with the step inside.
 
     >>> step_of(Path("run/checkpoints/checkpoint-120"))
     120
@@ -73,7 +73,9 @@ def commit(parent: Path, name: str, fill: Callable[[Path], None], keep: int = 2)
 
 
 def sweep(parent: Path) -> None:
-    """Remove what a killed process left half-written or half-deleted."""
+    """Remove what a killed process left half-written or half-deleted. Raises `UserError` if ``parent`` is a file."""
+    if parent.exists() and not parent.is_dir():
+        raise UserError(f"{parent} is a file where the folder of the checkpoints belongs: move it away")
     for path in parent.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -93,22 +95,31 @@ def _digest(path: Path) -> str:
 
 
 def verify(folder: Path) -> None:
-    """Raise `UserError` unless ``folder`` is a checkpoint of this module with every file as it was written."""
+    """Raise `UserError` unless ``folder`` is a checkpoint of this module with every file as it was written.
+
+    Its name must be that of the step which its files are from.
+    """
     remedy = "delete this folder to resume from the checkpoint before it"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is no nestlearn checkpoint ({MANIFEST} is missing): {remedy}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"the checkpoint {folder} is damaged ({MANIFEST} is unreadable): {remedy}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"{folder} is no nestlearn checkpoint ({MANIFEST} is missing): {remedy}")
+    manifest = read_json(folder / MANIFEST, remedy)
+    if manifest.get("format") != FORMAT:
         raise UserError(f"{folder} is no checkpoint of this version ({FORMAT!r} is expected): {remedy}")
-    for name, digest in manifest["sha256"].items():
+    entries = manifest.get("sha256")
+    if not isinstance(entries, dict) or STATE not in entries:
+        raise UserError(f"{folder / MANIFEST} is damaged (it lists no {STATE}): {remedy}")
+    for name, digest in entries.items():
         path = folder / name
         if not path.is_file():
             raise UserError(f"the checkpoint {folder} is damaged ({name} is missing): {remedy}")
         if _digest(path) != digest:
             raise UserError(f"the checkpoint {folder} is damaged ({name} was truncated or changed): {remedy}")
+    extra = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {*entries, MANIFEST}
+    if extra:
+        raise UserError(f"{folder / MANIFEST} is damaged (it lists no {min(extra)}): {remedy}")
+    step = read_json(folder / STATE, remedy).get("global_step")
+    if step != step_of(folder):
+        raise UserError(f"{folder} holds step {step}: rename it to checkpoint-{step} or delete it")
 
 
 def save_state(path: Path, state: Any) -> None:

@@ -24,6 +24,10 @@ from nestlearn.data.streams import token_units
 from nestlearn.errors import UserError
 
 
+class NotFinite(UserError):
+    """A loss, a gradient or a weight is NaN or infinite, or so large that nothing can be computed with it."""
+
+
 class Window(NamedTuple):
     """Tokens from position ``start`` of the stream on, of which the first ``known`` are not scored."""
 
@@ -65,9 +69,9 @@ def evaluate_text(
 
     Returns ``perplexity``, ``bits_per_byte``, ``nats_per_token``, ``nats``, ``tokens``, ``bytes`` (of what
     was scored), ``protocol`` (in words), ``context_length``, ``stride`` and ``carry_state``. Sums are
-    float64. Raises `UserError` for a model that cannot carry its state, for lengths out of range, for no
-    text, and at the first token whose loss is not finite (its position, counted from the start token, which
-    is 0).
+    float64, and every number is finite. Raises `UserError` for a model that cannot carry its state, for
+    lengths out of range and for no text, and `NotFinite` at the first token whose loss is not finite (its
+    position, counted from the start token, which is 0) and for a perplexity beyond float64.
 
     >>> import transformers; from nestlearn.data import load_tokenizer
     >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=258, hidden_size=8,
@@ -93,7 +97,7 @@ def evaluate_text(
     if counts.bytes == 0:
         raise UserError("there is no text to score: give a file that holds text")
     return {
-        "perplexity": _exp(nats / counts.tokens),
+        "perplexity": _perplexity(nats / counts.tokens),
         "bits_per_byte": nats / math.log(2) / counts.bytes,
         "nats_per_token": nats / counts.tokens,
         "nats": nats,
@@ -186,7 +190,7 @@ def _nats(logits: Tensor, targets: Tensor, batch: list[Window]) -> float:
         finite = torch.isfinite(scored)
         if not finite.all():
             position = window.start + window.known + int((~finite).int().argmax())
-            raise UserError(
+            raise NotFinite(
                 f"the loss of token {position} is not finite: the model diverges there; "
                 "check its weights, or evaluate with a shorter context"
             )
@@ -194,8 +198,11 @@ def _nats(logits: Tensor, targets: Tensor, batch: list[Window]) -> float:
     return total
 
 
-def _exp(nats: float) -> float:
+def _perplexity(nats: float) -> float:
     try:
         return math.exp(nats)
     except OverflowError:
-        return math.inf
+        raise NotFinite(
+            f"the perplexity of {nats:.6g} nats per token is too large for a number: the model diverged; "
+            "train it again with a lower learning rate"
+        ) from None

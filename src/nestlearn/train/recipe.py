@@ -206,6 +206,9 @@ def _model(table: dict[str, Any], origin: str) -> ModelRecipe:
     kind = table.pop("kind", "hope")
     field = dataclasses.fields(ModelRecipe)[0]
     kind = _checked(field, str, kind, "model.kind", origin)
+    for name, value in table.items():
+        for number in value if isinstance(value, list) else [value]:
+            _check_finite(number, f"model.{name}", origin)
     return ModelRecipe(kind, {name: None if value == "none" else value for name, value in table.items()})
 
 
@@ -224,9 +227,10 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any, name: str, origin:
             return None
         hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{name} in {origin} must be {NAMES[hint]}, got {_shown(value)}")
+    _check_finite(value, name, origin)
     options = field.metadata.get("options")
     if options and value not in options:
         raise UserError(f"unknown {name} '{value}' in {origin}; {nearest(value, options)}")
@@ -235,6 +239,11 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any, name: str, origin:
         bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
         raise UserError(f"{name} in {origin} must be {bound}, got {value}")
     return value
+
+
+def _check_finite(value: Any, name: str, origin: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} in {origin} must be a finite number, got {value}")
 
 
 def _shown(value: Any) -> str:
@@ -288,6 +297,14 @@ def _toml_value(value: Any) -> str:
         items = (f"{_toml_key(str(k))} = {_toml_value(v)}" for k, v in value.items() if v is not None)
         return "{" + ", ".join(items) + "}"
     return json.dumps(str(value))
+
+
+def changes(given: Recipe, stored: Recipe) -> str:
+    """The keys in which two recipes differ, with both values, in words; at most three."""
+    a, b = _flat(to_dict(given)), _flat(to_dict(stored))
+    keys = differences(given, stored)
+    shown = [f"{key} is {_toml_value(a.get(key))}, was {_toml_value(b.get(key))}" for key in keys[:3]]
+    return "; ".join(shown) + (f"; and {len(keys) - 3} more" if keys[3:] else "")
 
 
 def differences(given: Recipe, stored: Recipe) -> list[str]:

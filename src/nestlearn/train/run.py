@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -25,21 +24,31 @@ from typing import Any, NamedTuple
 from torch.utils.data import Subset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from nestlearn.data import Corpus, PackedTokens, load_corpus, load_tokenizer, pack
+from nestlearn.data import (
+    SOURCE_KEYWORDS,
+    TOKENIZER_KEYWORDS,
+    Corpus,
+    PackedTokens,
+    absolute,
+    load_corpus,
+    load_tokenizer,
+    pack,
+)
 from nestlearn.errors import UserError
-from nestlearn.files import make_readable, sync_file, write_atomic, write_json
+from nestlearn.files import make_readable, read_json, sync_file, write_atomic, write_json
 from nestlearn.train.baseline import matching_config
 from nestlearn.train.callbacks import Interrupt, Metrics, Progress, Throughput, read_metrics
 from nestlearn.train.checkpoint import list_checkpoints, step_of, sweep, verify
 from nestlearn.train.curves import plot_curves
-from nestlearn.train.evaluate import evaluate_text
+from nestlearn.train.evaluate import NotFinite, evaluate_text
 from nestlearn.train.generate import generate_text
 from nestlearn.train.model import architecture, build, count_parameters, model_config, parameter_count, resolved_options
 from nestlearn.train.recipe import BaselineRecipe, ModelRecipe, Recipe, differences, dump, load_recipe
-from nestlearn.train.trainer import LanguageModelTrainer, NotFinite, export, training_arguments
+from nestlearn.train.trainer import RECIPE, LanguageModelTrainer, check_weights, export, training_arguments
 
-RECIPE, RESULT, METRICS, CURVES = "run.toml", "result.json", "metrics.jsonl", "curves.png"
+RESULT, METRICS, CURVES = "result.json", "metrics.jsonl", "curves.png"
 CHECKPOINTS, BASELINE = "checkpoints", "baseline"
+ENTRY = {"model", "folder", "parameters", "steps", "tokens", "learning_rate", "tokens_per_second", "validation"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -73,8 +82,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
 
     With ``resume`` the run in ``out`` is continued from its last checkpoint; on a CPU the final weights are
     those of an uninterrupted run to the bit. Raises `UserError` for everything a user can put right (a folder
-    that holds something else, bad data, a damaged checkpoint, a full disk, a loss that is not finite) and
-    `Interrupted` after Ctrl-C.
+    that holds something else, bad data, a damaged checkpoint, a full disk, a loss that is not finite),
+    `Interrupted` after Ctrl-C, and ``BrokenPipeError`` when nobody reads the progress bar any more.
 
     >>> result = train(load_preset("tiny"), "runs/tiny")                              # doctest: +SKIP
     >>> result["models"][0]["validation"]["bits_per_byte"]                            # doctest: +SKIP
@@ -82,28 +91,35 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training in several processes is not supported yet: start it without torchrun")
-    _check_folder(out, resume)
-    recipe = resolve(recipe)
-    if resume:
-        _check_same_recipe(recipe, out)
-    steps = recipe.steps  # raises before anything is read
-    data = read_data(recipe)
-    phases = _phases(recipe, data, out)
     try:
+        _check_folder(out, resume)
+        recipe = resolve(recipe)
+        if resume:
+            _check_same_recipe(recipe, out)
+        _ = recipe.steps  # raises before anything is read
+        data = read_data(recipe)
+        phases = _phases(recipe, data, out)
         if not resume:
             _write_recipe(recipe, out)
         return _run(recipe, phases, data, out)
-    except NotFinite as error:
-        raise UserError(f"{error} of {steps}: {_kept(out)}; start again with a lower learning rate") from error
     except KeyboardInterrupt as error:
+        if not os.path.isfile(out / RECIPE):
+            raise Interrupted("interrupted before the first step: nothing was saved") from error
         raise Interrupted(f"interrupted: {_kept(out)}; resume with: {resume_command(out)}") from error
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise UserError(f"cannot write to {out} ({error.strerror}): give another folder with --out") from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        line = f"the disk is full: {_kept(out)}; free some space and resume with: {resume_command(out)}"
-        raise UserError(line) from error
+        raise UserError(_file_error(error, out)) from error
+
+
+def _file_error(error: OSError, out: Path) -> str:
+    """What failed, what is left of the run, and how to go on."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else f"cannot write to {out} ({error.strerror or error})"
+    if not os.path.isfile(out / RECIPE):  # unlike `Path.is_file`, False also for a name that is too long
+        return f"{what}: {'free some space, or ' if full else ''}give another folder with --out"
+    remedy = "free some space" if full else "put that right"
+    return f"{what}: {_kept(out)}; {remedy} and resume with: {resume_command(out)}"
 
 
 def resume_command(out: Path) -> str:
@@ -119,9 +135,11 @@ def resolve(recipe: Recipe) -> Recipe:
     """The same recipe with every default written out and paths made absolute, so that it can be run anywhere."""
     if recipe.model.kind == recipe.baseline.kind:
         raise UserError(f'baseline.kind is {recipe.baseline.kind!r} like the model: set it to "none"')
-    paths = {name: getattr(recipe.data, name) for name in ("source", "tokenizer")}
-    absolute = {name: str(Path(value).resolve()) for name, value in paths.items() if Path(value).exists()}
-    resolved = recipe.replace("data", **absolute).replace("model", **resolved_options(recipe.model))
+    source = absolute(recipe.data.source, SOURCE_KEYWORDS)
+    tokenizer = absolute(recipe.data.tokenizer, TOKENIZER_KEYWORDS)
+    resolved = recipe.replace("data", source=source, tokenizer=tokenizer).replace(
+        "model", **resolved_options(recipe.model)
+    )
     if recipe.baseline.kind != "none" and recipe.baseline.learning_rate is None:
         resolved = resolved.replace("baseline", learning_rate=recipe.train.learning_rate)
     return resolved
@@ -154,7 +172,12 @@ def _check_folder(out: Path, resume: bool) -> None:
 
 
 def _check_same_recipe(recipe: Recipe, out: Path) -> None:
-    keys = differences(recipe, load_recipe(out / RECIPE))
+    stored = load_recipe(out / RECIPE)
+    if resolve(stored) != stored:  # emptied or shortened: what is missing would become a default
+        found = list_checkpoints(out / CHECKPOINTS)
+        remedy = f"copy {found[-1] / RECIPE} over it" if found else "restore it, or start a new run in another folder"
+        raise UserError(f"{out / RECIPE} is no longer the full recipe that the run began with: {remedy}")
+    keys = differences(recipe, stored)
     if keys:
         raise UserError(
             f"{out} was started with another recipe ({', '.join(keys[:3])} differ): resume with "
@@ -189,7 +212,10 @@ def _run(recipe: Recipe, phases: list[Phase], data: Data, out: Path) -> dict[str
         if result is None:
             if phase.folder != out:
                 _write_recipe(phase.recipe, phase.folder)
-            result = _train_phase(phase, data)
+            try:
+                result = _train_phase(phase, data)
+            except NotFinite as error:
+                raise UserError(_diverged(error, phase, phases[0])) from error
             write_json(phase.folder / RESULT, result)
         shutil.rmtree(phase.folder / CHECKPOINTS, ignore_errors=True)
         results.append(result)
@@ -201,13 +227,32 @@ def _run(recipe: Recipe, phases: list[Phase], data: Data, out: Path) -> dict[str
     return whole | {"folder": str(out)}
 
 
+def _diverged(error: NotFinite, phase: Phase, first: Phase) -> str:
+    """What became of a phase whose numbers are not finite, and of the model before it."""
+    what = f"{error} of {phase.recipe.steps}: {_kept(phase.folder)}"
+    if phase is first:
+        return f"{what}; start again with a lower learning rate"
+    return (
+        f"the baseline {phase.name} diverged: {what}; the model {first.name} is finished, in {first.folder}; "
+        "for both start again with a lower baseline.learning_rate"
+    )
+
+
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     write_atomic(folder / RECIPE, lambda path: path.write_text(dump(recipe)))
 
 
 def _read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULT
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.exists():
+        return None
+    remedy = "delete it and resume again, then what it held is computed anew"
+    result = read_json(path, remedy)
+    models = result.get("models")
+    described = isinstance(models, list) and models and all(isinstance(m, dict) and m.keys() >= ENTRY for m in models)
+    if not described or not result.keys() >= {"data", "sample"}:
+        raise UserError(f"{path} is damaged (it describes no model): {remedy}")
+    return result
 
 
 def _train_phase(phase: Phase, data: Data) -> dict[str, Any]:
@@ -228,6 +273,7 @@ def _train_phase(phase: Phase, data: Data) -> dict[str, Any]:
         train_dataset=data.train,
         eval_dataset=_spread(data.validation, recipe.train.eval_tokens),
         tokenizer=data.tokenizer,
+        recipe=recipe,
         fingerprint=data.fingerprint,
         callbacks=[throughput, Metrics(phase.folder / METRICS, phase.name, throughput), progress, interrupt],
     )
@@ -242,6 +288,7 @@ def _train_phase(phase: Phase, data: Data) -> dict[str, Any]:
             progress.close()
         if interrupt.requested:
             raise KeyboardInterrupt
+    check_weights(model, recipe.steps)
     return _finish(phase, data, model)
 
 
@@ -255,15 +302,15 @@ def _finish(phase: Phase, data: Data, model: PreTrainedModel) -> dict[str, Any]:
     """Evaluate the trained model, publish its files and describe it."""
     model.eval()
     model.config.use_cache = True
-    rows = read_metrics(phase.folder / METRICS)
+    rates = [row["tokens_per_second"] for row in read_metrics(phase.folder / METRICS) if "loss" in row]
     entry = {
         "model": phase.name,
         "folder": ".",
         "parameters": count_parameters(model),
         "steps": phase.recipe.steps,
-        "tokens": rows[-1]["tokens"],
+        "tokens": phase.recipe.steps * phase.recipe.tokens_per_step,
         "learning_rate": phase.recipe.train.learning_rate,
-        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows if "loss" in row),
+        "tokens_per_second": statistics.median(rates or [0.0]),
         "validation": _validate(model, phase, data),
     }
     sample = _sample(model, phase, data)
@@ -272,14 +319,17 @@ def _finish(phase: Phase, data: Data, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _validate(model: PreTrainedModel, phase: Phase, data: Data) -> dict[str, Any]:
-    return evaluate_text(
-        model,
-        data.tokenizer,
-        data.corpus.validation,
-        context_length=phase.recipe.data.sequence_length,
-        batch_size=phase.recipe.train.batch_size,
-        max_tokens=phase.recipe.train.final_eval_tokens,
-    )
+    try:
+        return evaluate_text(
+            model,
+            data.tokenizer,
+            data.corpus.validation,
+            context_length=phase.recipe.data.sequence_length,
+            batch_size=phase.recipe.train.batch_size,
+            max_tokens=phase.recipe.train.final_eval_tokens,
+        )
+    except NotFinite as error:
+        raise NotFinite(f"the validation loss became infinite or too large at step {phase.recipe.steps}") from error
 
 
 def _sample(model: PreTrainedModel, phase: Phase, data: Data) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,10 @@ from transformers.utils import logging as hf_logging
 
 from nestlearn.errors import UserError
 from nestlearn.train.checkpoint import commit, disk_errors, load_state, save_state
+from nestlearn.train.evaluate import NotFinite
+from nestlearn.train.recipe import Recipe, changes, dump, load_recipe
 
-if TYPE_CHECKING:
-    from nestlearn.train.recipe import Recipe
-
-
-class NotFinite(UserError):
-    """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
+RECIPE = "run.toml"
 
 
 def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -74,18 +71,21 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
 class LanguageModelTrainer(Trainer):
     """``transformers.Trainer`` for a causal language model, resumable to the bit on a CPU.
 
-    ``tokenizer`` is saved beside the weights; ``fingerprint`` names the training data in every checkpoint, and
-    resuming on other data raises `UserError`. Raises `NotFinite` before a step that would spoil the weights.
+    ``tokenizer`` is saved beside the weights; ``recipe`` and ``fingerprint``, which names the training data, are
+    kept in every checkpoint, and resuming with others raises `UserError`. Raises `NotFinite` before a step that
+    would spoil the weights, and before weights or a loss that are not finite are written.
     """
 
-    def __init__(self, *, tokenizer: PreTrainedTokenizerBase, fingerprint: str, **kwargs: Any) -> None:
+    def __init__(self, *, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, fingerprint: str, **kwargs: Any) -> None:
         model = kwargs["model"]
         use_cache = model.config.use_cache
         super().__init__(**kwargs)
         assert self.args.output_dir is not None
         self._folder = Path(self.args.output_dir)
         self._tokenizer = tokenizer
+        self._recipe = recipe
         self._fingerprint = fingerprint
+        self._unlogged: tuple[torch.Tensor, int] | None = None  # of a checkpoint: the loss and step of `_tr_loss`
         self._use_cache = use_cache  # the Trainer turns it off while it trains
         self._staging: Path | None = None
 
@@ -103,6 +103,12 @@ class LanguageModelTrainer(Trainer):
             raise NotFinite(f"the gradient became {float(norm)} at step {self.state.global_step + 1}")
         return norm
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for key, name in (("loss", "loss"), ("eval_loss", "validation loss")):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise NotFinite(f"the {name} became {logs[key]} at step {self.state.global_step}")
+        super().log(logs, *args, **kwargs)
+
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Weight decay is for matrices: gains, biases and other vectors are left alone."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
@@ -111,6 +117,7 @@ class LanguageModelTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
+        check_weights(model, self.state.global_step)
 
         def fill(folder: Path) -> None:
             # The Trainer makes `checkpoint-STEP` inside its output folder; its files belong one level up.
@@ -122,6 +129,7 @@ class LanguageModelTrainer(Trainer):
             for path in (folder / name).iterdir():
                 path.rename(folder / path.name)
             (folder / name).rmdir()
+            (folder / RECIPE).write_text(dump(self._recipe))
 
         commit(self._folder, name, fill)
 
@@ -136,7 +144,9 @@ class LanguageModelTrainer(Trainer):
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
-        save_state(Path(output_dir) / "optimizer", state | {"data": self._fingerprint})
+        # The loss since the last line of the log, so that the line after a resume is a mean of all its steps.
+        unlogged = (self._tr_loss, self._globalstep_last_logged)
+        save_state(Path(output_dir) / "optimizer", state | {"data": self._fingerprint, "unlogged": unlogged})
 
     def _save_rng_state(self, output_dir: str) -> None:
         state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
@@ -150,6 +160,7 @@ class LanguageModelTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.model if model is None else model
         assert model is not None
+        self._check_origin(Path(resume_from_checkpoint))
         weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
         shared = set(getattr(model, "all_tied_weights_keys", {}))  # saved once, under the other name
         wrong = (set(model.state_dict()) - shared) ^ (set(weights) - shared)
@@ -157,28 +168,49 @@ class LanguageModelTrainer(Trainer):
             raise UserError(f"{resume_from_checkpoint} holds another model: it differs in {sorted(wrong)[0]}")
         model.load_state_dict(weights, strict=False)
 
+    def _check_origin(self, checkpoint: Path) -> None:
+        """Raise `UserError` unless the checkpoint is of this recipe and this training data."""
+        if (checkpoint / RECIPE).is_file():
+            said = changes(self._recipe, load_recipe(checkpoint / RECIPE))
+            if said:
+                raise UserError(
+                    f"the recipe of the run was changed since {checkpoint} ({said}): undo that in {RECIPE} "
+                    "to resume, or start a new run in another folder"
+                )
+        if load_state(checkpoint / "optimizer")["data"] != self._fingerprint:
+            raise UserError(
+                f"the training data is not what {checkpoint} was trained on: restore it, or start a new run"
+            )
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         state = load_state(Path(checkpoint) / "optimizer")
-        if state["data"] != self._fingerprint:
-            raise UserError(
-                f"the training data is not what {checkpoint} was trained on: restore it, or start a new run"
-            )
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
+        self._unlogged = state.get("unlogged")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        if self._unlogged is not None:  # only here: the Trainer sets both to zero after the optimizer is loaded
+            loss, self._globalstep_last_logged = self._unlogged
+            self._tr_loss = loss.to(self.args.device)
         state = load_state(Path(checkpoint) / "random")
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.random.set_rng_state(state["cpu"])
         if torch.cuda.is_available() and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
+
+
+def check_weights(model: torch.nn.Module, step: int) -> None:
+    """Raise `NotFinite` if a weight is NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise NotFinite(f"the weights became NaN or infinite ({name}) at step {step}")
 
 
 def export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, use_cache: bool = True) -> None:
