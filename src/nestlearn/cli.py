@@ -144,11 +144,12 @@ def generate(
 
     loaded, tokenizer = _load(model)
 
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
+    waiting = [given]  # the prompt is printed with the first text, so that a bad option prints nothing else
 
-    if not as_json:
-        show(given)
+    def show(text: str) -> None:
+        print("".join([*waiting, text]), end="", flush=True)
+        waiting.clear()
+
     text = generate_text(
         loaded,
         tokenizer,
