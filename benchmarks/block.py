@@ -4,7 +4,7 @@ Work: x (batch, seq, dim) float32 with gradient, ``block(x).square().mean().back
 one repetition each, so that a machine that slows down slows all of them; the same candidate timed twice gives
 the noise. Peers that are not installed are named and left out:
 
-    pip install titans-pytorch==0.5.5 omegaconf
+    pip install -e '.[oracles]'
     pip install --no-deps nested-learning==0.2.0      # its own dependencies exclude transformers 5
     python benchmarks/block.py --json benchmarks/results/block.json
 """
