@@ -1,6 +1,6 @@
 """HOW FAST: a self-referential memory along a sequence, as an oracle and in chunk-parallel form (section 8)."""
 
-from nestlearn.ops.chunk import initial_state, kernel_for, self_modify
+from nestlearn.ops.chunk import kernel_for, self_modify
 from nestlearn.ops.rule import GATES, MEMORY, PROJECTIONS, Start, WriteRule
 from nestlearn.ops.state import CoreState
 
@@ -11,7 +11,6 @@ __all__ = [
     "CoreState",
     "Start",
     "WriteRule",
-    "initial_state",
     "kernel_for",
     "self_modify",
 ]

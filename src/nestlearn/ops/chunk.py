@@ -31,9 +31,9 @@ def kernel_for(start: Start, rule: WriteRule) -> LinearKernel | MLPKernel:
     return LinearKernel(start, rule) if len(start.weights[MEMORY]) == 1 else MLPKernel(start, rule)
 
 
-def initial_state(start: Start, rule: WriteRule, batch: int) -> CoreState:
-    """The state before the first token, for ``batch`` sequences."""
-    weights = tuple(w.unsqueeze(0).expand(batch, *w.shape) for w in kernel_for(start, rule).pack())
+def _begin(learned: tuple[Tensor, ...], start: Start, rule: WriteRule, batch: int) -> CoreState:
+    """The state before the first token."""
+    weights = tuple(w.unsqueeze(0).expand(batch, *w.shape) for w in learned)
     current = tuple(torch.zeros_like(w) for w in weights) if rule.retention == "start" else weights
     momentum = () if start.momentum is None else tuple(torch.zeros_like(w) for w in weights)
     return CoreState(current, current, momentum, torch.zeros(batch, dtype=torch.long))
@@ -67,15 +67,14 @@ def self_modify(
     x = inputs["q"]
     batch, _, tokens, _ = x.shape
     kernel = kernel_for(start, rule)
+    learned = kernel.pack()
     if state is None:
-        state = initial_state(start, rule, batch)
-    elif state.clock.shape[0] != batch:
-        raise UserError(f"the state holds {state.clock.shape[0]} sequences, the input {batch}: they must agree")
-    _check_state(state, start, kernel)
-    learned = tuple(w.unsqueeze(0) for w in kernel.pack())
-    base = learned if rule.retention == "start" else tuple(torch.zeros_like(w) for w in learned)
+        state = _begin(learned, start, rule, batch)
+    else:
+        _check_state(state, start, learned, batch)
+    base = tuple(w.unsqueeze(0) if rule.retention == "start" else torch.zeros_like(w).unsqueeze(0) for w in learned)
     current, anchor, momentum = state.current, state.anchor, state.momentum
-    weights = tuple(b + a for b, a in zip(base, anchor, strict=True))
+    weights: tuple[Tensor, ...] = ()
     counts = None if lengths is None else torch.arange(tokens, device=x.device) < lengths[:, None].to(x.device)
 
     outputs = []
@@ -88,13 +87,15 @@ def self_modify(
     sizes = [j - i for i, j, *_ in segments]
     pieces = {name: value.split(sizes, dim=2) for name, value in inputs.items()}
     for n, (i, j, refresh_others, refresh_memory) in enumerate(segments):
-        if refresh_others is not False or refresh_memory is not False:
+        refreshed = refresh_others is not False or refresh_memory is not False
+        if refreshed:
             limited = kernel.limit(current)
             at_others = _choose(refresh_others, limited, current)
             at_memory = _choose(refresh_memory, limited, current)
             current = kernel.merge(at_others, at_memory) if at_others is not at_memory else at_others
             moved = _choose(refresh_others, current, anchor), _choose(refresh_memory, current, anchor)
             anchor = kernel.merge(*moved) if moved[0] is not moved[1] else moved[0]
+        if refreshed or not weights:
             weights = tuple(b + a for b, a in zip(base, anchor, strict=True))
         piece = {name: values[n] for name, values in pieces.items()}
         made = piece | kernel.generate(weights, piece)
@@ -111,10 +112,12 @@ def self_modify(
     return y, CoreState(current, anchor, momentum, state.clock + seen)
 
 
-def _check_state(state: CoreState, start: Start, kernel: LinearKernel | MLPKernel) -> None:
+def _check_state(state: CoreState, start: Start, learned: tuple[Tensor, ...], batch: int) -> None:
+    if state.clock.shape[0] != batch:
+        raise UserError(f"the state holds {state.clock.shape[0]} sequences, the input {batch}: they must agree")
     if bool(state.momentum) != (start.momentum is not None):
         raise UserError("the state and the core differ in whether they have a momentum: use a state of this core")
-    expected = [tuple(w.shape) for w in kernel.pack()]
+    expected = [tuple(w.shape) for w in learned]
     given = [tuple(w.shape[1:]) for w in state.current]
     if expected != given:
         raise UserError(f"the state holds weights of shapes {given}, the core {expected}: use a state of this core")
