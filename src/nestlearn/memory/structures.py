@@ -76,8 +76,8 @@ class LinearMemory(_Memory):
 class MLPMemory(_Memory):
     """A two-layer memory ``M(x) = x + W1 silu(W2 x)`` (Eq. 89, 91) with weights ``(W1, W2)``.
 
-    W1 is (..., d_out, d_hidden), W2 is (..., d_hidden, d_in). The residual is there only if
-    ``d_in == d_out``: a memory of the gates maps d numbers to one and has none.
+    W1 is (..., d_out, d_hidden), W2 is (..., d_hidden, d_in). Unless ``skip`` says otherwise the residual is there
+    if ``d_in == d_out``: a memory of the gates maps d numbers to one and has none.
 
     >>> import torch
     >>> memory = MLPMemory(4, 1, d_hidden=8)
@@ -88,11 +88,12 @@ class MLPMemory(_Memory):
     d_in: int
     d_out: int
     d_hidden: int
+    skip: bool | None = None
 
     @property
     def residual(self) -> bool:
         """Whether the input is added to the output."""
-        return self.d_in == self.d_out
+        return self.d_in == self.d_out if self.skip is None else self.skip
 
     def init(self, heads: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Weights:
         """Random weights of variance 1/fan_in."""
