@@ -96,7 +96,7 @@ def test_relative_division_favours_elements_of_small_gradient():
     for g in grads:
         g[:, :6] *= 10
     relative, plain = ((run(grads, denom=denom)[0] - 1).square().mean(0) for denom in ("relative", "none"))
-    assert (relative[6:].sum() / relative[:6].sum()) > 2 * (plain[6:].sum() / plain[:6].sum())
+    assert (relative[6:].sum() / relative[:6].sum()) > 1.5 * (plain[6:].sum() / plain[:6].sum())
 
 
 def test_without_second_moment_none_is_kept():

@@ -1,8 +1,11 @@
 """Optimizers are associative memories of gradients (sections 4 and 7.2, appendix B)."""
 
+from nestlearn.optim.as_memory import as_memory
 from nestlearn.optim.base import MemoryOptimizer, NotFiniteGradient
 from nestlearn.optim.deep import DeepMomentum
 from nestlearn.optim.delta import DeltaMomentum
+from nestlearn.optim.descent import DGD, GGD
+from nestlearn.optim.generalized import GeneralizedMomentum
 from nestlearn.optim.m3 import M3
 from nestlearn.optim.matrices import matrix_groups
 from nestlearn.optim.momentum import FeatureMomentum, Momentum, PreconditionedMomentum
@@ -10,15 +13,19 @@ from nestlearn.optim.muon import Muon
 from nestlearn.optim.orthogonal import descend_to_orthogonal, newton_schulz
 
 __all__ = [
+    "DGD",
+    "GGD",
     "M3",
     "DeepMomentum",
     "DeltaMomentum",
     "FeatureMomentum",
+    "GeneralizedMomentum",
     "MemoryOptimizer",
     "Momentum",
     "Muon",
     "NotFiniteGradient",
     "PreconditionedMomentum",
+    "as_memory",
     "descend_to_orthogonal",
     "matrix_groups",
     "newton_schulz",

@@ -37,8 +37,9 @@ class MemoryOptimizer(Optimizer):
     the device: that step sees zero gradients instead, and the next `step` or `state_dict` raises.
     """
 
+    _pending: tuple[Tensor, Callable[[], None], list[Tensor]] | None = None  # a check that is under way; not copied
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._pending: tuple[Tensor, Callable[[], None], list[Tensor]] | None = None
         super().__init__(params, {"weight_decay": 0.0, **defaults})
 
     # For the subclass

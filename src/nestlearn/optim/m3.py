@@ -38,7 +38,9 @@ class M3(MatrixOptimizer):
         chunk_size: steps between two updates of the slow momentum.
         mode: ``"ema"``, or ``"paper"``: ``M + beta g`` as printed.
         denom: ``"relative"``, ``"paper"`` (``sqrt(V) + eps``) or ``"none"``, which keeps no second moment.
-        eps: added to the denominator: in units of the gradient (``"paper"``), of the mean denominator (``"relative"``).
+        eps: added to the denominator: ``"paper"``, in units of the gradient, by default 1e-8; ``"relative"``, in units
+            of the root mean square of the denominator, by default 1: without it a few elements of rare gradient take
+            the whole update.
         weight_decay, orthogonalization, steps, adjust, adam_lr, adam_betas, adam_eps, foreach: see `Muon`. ``steps=0``
             turns the orthogonalisation off.
 
@@ -55,12 +57,12 @@ class M3(MatrixOptimizer):
         params: Any,
         lr: float = 0.02,
         *,
-        betas: tuple[float, float, float] = (0.95, 0.99, 0.9),
-        alpha: float = 0.5,
+        betas: tuple[float, float, float] = (0.9, 0.99, 0.9),
+        alpha: float = 0.1,
         chunk_size: int = 10,
         mode: str = "ema",
         denom: str = "relative",
-        eps: float = 1e-8,
+        eps: float | None = None,
         weight_decay: float = 0.0,
         orthogonalization: str = "newton-schulz",
         steps: int | None = None,
@@ -70,6 +72,7 @@ class M3(MatrixOptimizer):
         adam_eps: float = 1e-8,
         foreach: bool | None = None,
     ) -> None:
+        eps = eps if eps is not None else 1.0 if denom == "relative" else 1e-8
         defaults = dict(lr=lr, betas=betas, alpha=alpha, chunk_size=chunk_size, mode=mode, denom=denom, eps=eps)
         defaults |= dict(orthogonalization=orthogonalization, steps=steps, adjust=adjust, foreach=foreach)
         defaults |= dict(weight_decay=weight_decay, adam_lr=adam_lr, adam_betas=adam_betas, adam_eps=adam_eps)
@@ -77,7 +80,9 @@ class M3(MatrixOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
-        check_all(self, group, [("alpha", 0.0, math.inf), ("eps", 0.0, math.inf)])
+        check_all(
+            self, group, [("alpha", 0.0, math.inf), *([("eps", 0.0, math.inf)] if group["eps"] is not None else [])]
+        )
         betas, chunk_size = group["betas"], group["chunk_size"]
         if len(betas) != 3 or not all(0.0 <= beta <= 1.0 for beta in betas):
             raise UserError(
@@ -136,6 +141,6 @@ class M3(MatrixOptimizer):
         if group["denom"] == "paper":
             return update / (root + group["eps"])
         tiny = torch.finfo(update.dtype).tiny
-        mean = root.square().mean().sqrt().clamp(min=tiny)
+        mean = second_moment.mean().sqrt().clamp(min=tiny)
         divided = update / (root / mean + group["eps"])
         return divided * (update.norm() / divided.norm().clamp(min=tiny))
