@@ -60,7 +60,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     assert "--preset" in finished.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["bench"]])
 def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     code, out, err = run(capsys, monkeypatch, *command, "--help")
     assert (code, err) == (0, "")
@@ -89,6 +89,13 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (["eval", "absent", "--data", "absent.txt"], "absent.txt"),
         (["generate", "absent", "--prompt", "x"], "no model folder 'absent'"),
         (["generate"], "Missing argument 'model'"),
+        (["bench"], "Missing argument 'suite'"),
+        (["bench", "optm"], "unknown suite 'optm'; did you mean 'optim'? (allowed: optim)"),
+        (["bench", "optim", "--only", "curvature,visoin"], "unknown experiment 'visoin'; did you mean 'vision'?"),
+        (["bench", "optim", "--only", ""], "unknown experiment ''; allowed: curvature"),
+        (["bench", "optim", "--scale", "gpu"], "unknown scale 'gpu'; did you mean 'cpu'? (allowed: cpu, smoke)"),
+        (["bench", "optim", "--workers", "0"], "--workers is the number of processes, 1 or more, got 0"),
+        (["bench", "optim", "--only", "vision", "--data", "absent"], "absent"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(
@@ -199,6 +206,42 @@ def test_ctrl_c_before_training(
     code, out, err = run(capsys, monkeypatch, "train", "--preset", "tiny", "--out", str(tmp_path / "run"))
     assert (code, out) == (130, "")
     assert err == "interrupted before the first step: nothing was saved\n"
+
+
+def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NESTLEARN_DATA", raising=False)
+    words = ["bench", "optim", "--only", "curvature, vision", "--scale", "smoke", "--workers", "1"]
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 0
+    assert "curvature: 100%" in err
+    assert "281* (1/2), lr 0.032, momentum 0.9" in out
+    assert "mnist was not run: no data" in out
+    assert out.rstrip().endswith("report: runs/bench-optim-smoke/report.md")
+    code, again, err = run(capsys, monkeypatch, *words)
+    assert (code, again, err) == (0, out, "")
+    code, as_json, _ = run(capsys, monkeypatch, *words, "--json")
+    result = json.loads(as_json)
+    assert as_json.count("\n") == 1
+    assert result["folder"] == "runs/bench-optim-smoke"
+    assert result["experiments"]["curvature"]["landscapes"]["k1-a1-w4"]["momentum"]["steps"] == 281
+    assert (tmp_path / "runs" / "bench-optim-smoke" / "curvature.png").is_file()
+    monkeypatch.setenv("NESTLEARN_DATA", str(tmp_path / "absent"))
+    code, out, err = run(capsys, monkeypatch, "bench", "optim", "--only", "vision", "--scale", "smoke")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "absent" in err
+
+
+@pytest.mark.parametrize("message", ["interrupted: 1 of 2 cells are kept", ""])
+def test_ctrl_c_in_bench_is_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, message: str
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt(*filter(None, [message]))
+
+    monkeypatch.setattr("nestlearn.tasks.optim.run", interrupted)
+    code, out, err = run(capsys, monkeypatch, "bench", "optim", "--out", str(tmp_path))
+    assert (code, out, err) == (130, "", f"{message or 'interrupted'}\n")
 
 
 NESTLEARN = f"{sys.executable} -c 'from nestlearn.cli import main; main()'"

@@ -6,12 +6,13 @@ import io
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from nestlearn.errors import UserError
+from nestlearn.errors import UserError, nearest
 
 # Typer re-exports this subclass of its UsageError, whose module has moved between versions.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -164,6 +165,49 @@ def generate(
         _print_json({"model": str(model), "prompt": given, "text": text})
     else:
         show("\n")
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="Which experiments of the paper: optim.")],
+    only: Annotated[
+        str | None,
+        typer.Option(help="Some of curvature, orthogonal, vision, language, step-time.", metavar="NAME,NAME"),
+    ] = None,
+    scale: Annotated[str, typer.Option(help="cpu, or smoke to see in a minute that everything works.")] = "cpu",
+    data: Annotated[
+        str | None, typer.Option(help="A folder with mnist/ and cifar10/. By default NESTLEARN_DATA.", metavar="DIR")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; it goes on where it was. By default runs/bench-SUITE[-smoke].")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Runs at a time, each in a process with one thread.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Run the paper's experiments and write a report.
+
+    Finished runs are kept at once, so after Ctrl-C or a crash the same command goes on. The folder holds report.md with
+    every table, the figures, and the result of each run in cells/.
+
+    Example: nestlearn bench optim --only curvature --scale smoke
+    """
+    from nestlearn.tasks import SUITES
+
+    if suite not in SUITES:
+        raise UserError(f"unknown suite '{suite}'; {nearest(suite, SUITES)}")
+    names = [] if only is None else [name.strip() for name in only.split(",")]
+    folder = data or os.environ.get("NESTLEARN_DATA") or None
+    usual = Path("runs") / "-".join(["bench", suite, *([] if scale == "cpu" else [scale])])
+    try:
+        result = import_module(SUITES[suite]).run(names, scale, folder, out or usual, workers)
+    except KeyboardInterrupt as stop:  # without a message while the imports go on
+        print(str(stop) or "interrupted", file=sys.stderr)
+        raise SystemExit(130) from stop
+    if as_json:
+        _print_json(result)
+    else:
+        print(Path(result["report"]).read_text(encoding="utf-8"))
+        print(f"report: {result['report']}")
 
 
 def _run_folder(parent: Path, name: str, resume: bool) -> Path:

@@ -21,6 +21,11 @@ from nestlearn.errors import UserError, nearest
 
 MODEL_KINDS = ("hope", "transformer++")
 BASELINE_KINDS = ("none", "transformer++")
+# As `nestlearn.train.optimizers` builds them; named here because reading a recipe does not load torch.
+OPTIMIZERS = (
+    *("adamw", "sgd-momentum", "momentum", "delta-momentum", "deep-momentum"),
+    *("preconditioned", "feature", "muon", "m3"),
+)
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -66,10 +71,11 @@ class TrainRecipe:
     """How long and how fast it learns.
 
     ``tokens``: the budget, in tokens, of each model. ``batch_size``: sequences of one forward pass.
-    ``gradient_accumulation``: forward passes of one step. ``learning_rate``: the peak of AdamW's (betas 0.9 and
-    0.95). ``warmup``: the share of the steps that rise to the peak. ``schedule``: the shape after it.
-    ``weight_decay``: AdamW's, on matrices only, in units of the learning rate. ``max_grad_norm``: the L2 norm at
-    which gradients are clipped (0: never). ``log_every``, ``eval_every``, ``save_every``: in steps.
+    ``gradient_accumulation``: forward passes of one step. ``optimizer``: a name of
+    `nestlearn.train.optimizers.build`. ``learning_rate``: its peak, in units of that optimizer (good ones for AdamW
+    and Muon differ by a factor of ten). ``warmup``: the share of the steps that rise to the peak. ``schedule``: the
+    shape after it. ``weight_decay``: decoupled, on matrices only, in units of the learning rate. ``max_grad_norm``:
+    the L2 norm at which gradients are clipped (0: never). ``log_every``, ``eval_every``, ``save_every``: in steps.
     ``eval_tokens`` and ``final_eval_tokens``: how much of the validation set, at most, an evaluation during
     training and the one after it read. ``precision``: ``"auto"`` is bf16 on a GPU that has it and fp32 elsewhere.
     """
@@ -77,6 +83,7 @@ class TrainRecipe:
     tokens: int = _number(1_000_000, 1)
     batch_size: int = _number(8, 1)
     gradient_accumulation: int = _number(1, 1)
+    optimizer: str = _choice("adamw", OPTIMIZERS)
     learning_rate: float = _number(2e-3, 0)
     warmup: float = _number(0.1, 0, 0.999)
     schedule: str = _choice("cosine", SCHEDULES)

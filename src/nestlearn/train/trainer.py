@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 from nestlearn.errors import UserError
 from nestlearn.train.checkpoint import commit, disk_errors, load_state, save_state
 from nestlearn.train.evaluate import NotFinite
+from nestlearn.train.optimizers import build
 from nestlearn.train.recipe import Recipe, changes, dump, load_recipe
 
 RECIPE = "run.toml"
@@ -109,9 +110,19 @@ class LanguageModelTrainer(Trainer):
                 raise NotFinite(f"the {name} became {logs[key]} at step {self.state.global_step}")
         super().log(logs, *args, **kwargs)
 
+    # The optimizer
+
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """Weight decay is for matrices: gains, biases and other vectors are left alone."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW is the Trainer's own; any other that the recipe names is built here, if none was handed over."""
+        train, target = self._recipe.train, self.model if model is None else model
+        assert target is not None
+        if self.optimizer is None and train.optimizer != "adamw":
+            self.optimizer = build(train.optimizer, target, train.learning_rate, train.weight_decay)
+        return super().create_optimizer(model)
 
     # Saving: the Trainer writes into a folder that `commit` renames when all of it is on the disk
 

@@ -1,0 +1,121 @@
+"""The paper's experiments on optimizers: ``nestlearn bench optim``.
+
+Nothing is imported here, so that the command line can check names before it loads torch.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nestlearn.errors import UserError, nearest
+from nestlearn.files import write_json
+
+EXPERIMENTS = ("curvature", "orthogonal", "vision", "language", "step-time")
+SCALES = ("smoke", "cpu")
+# Of section 9.7. A language model takes minutes a run, so fewer optimizers and first points are tried on it.
+MODEL_OPTIMIZERS = {"vision": ("adamw", "muon", "adamuon", "m3", "m3-paper"), "language": ("adamw", "muon", "m3")}
+POINTS = {"vision": 5, "language": 3}
+DATASETS = ("mnist", "cifar10")
+
+
+def run(only: Sequence[str], scale: str, data: str | None, out: Path, workers: int) -> dict[str, Any]:
+    """Run experiments, keep each in ``out/NAME.json`` and write the report over all that ``out`` holds.
+
+    Args:
+        only: names of `EXPERIMENTS`; none means all.
+        scale: ``"cpu"``, or ``"smoke"`` to see in a minute that everything works.
+        data: a folder with ``mnist/`` and ``cifar10/``, or ``None``.
+        out: the run folder; what it has already is not computed again.
+        workers: processes at a time; step times are always taken alone.
+
+    Returns ``folder``, ``report`` and ``experiments``: for each its result, without the curves of single runs.
+
+    Raises:
+        UserError: an unknown name, fewer workers than one, or a folder of another scale.
+        KeyboardInterrupt: with a message that says what is kept.
+    """
+    for name in only:
+        if name not in EXPERIMENTS:
+            raise UserError(f"unknown experiment '{name}'; {nearest(name, EXPERIMENTS)}")
+    if scale not in SCALES:
+        raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
+    if workers < 1:
+        raise UserError(f"--workers is the number of processes, 1 or more, got {workers}")
+    chosen = [name for name in EXPERIMENTS if name in only or not only]
+
+    from nestlearn.data.text_files import require_extra
+
+    require_extra("matplotlib", "the report")  # before anything long
+    from nestlearn.tasks.optim import report
+
+    results = {}
+    for name in chosen:
+        results[name] = _experiment(name, scale, data, out, workers)
+        command = _command(name, scale, data)
+        write_json(out / f"{name}.json", {"command": command, "machine": _machine(), "result": results[name]})
+    return {"folder": str(out), "report": str(report.write(out)), "experiments": _brief(results)}
+
+
+def _experiment(name: str, scale: str, data: str | None, out: Path, workers: int) -> dict[str, Any]:
+    from nestlearn.tasks.optim import curvature, orthogonal_tasks, step_time
+
+    if name == "curvature":
+        return curvature.run(scale, out, workers)
+    if name == "orthogonal":
+        return orthogonal_tasks.run(scale, out, workers)
+    if name == "step-time":
+        return step_time.run(scale, out)
+    return _models(name, scale, data, out, workers)
+
+
+def _models(name: str, scale: str, data: str | None, out: Path, workers: int) -> dict[str, Any]:
+    """Section 9.7, ``"vision"`` or ``"language"``: the search on every data set that is there."""
+    from nestlearn.tasks.cells import Cell, run_cells
+    from nestlearn.tasks.optim import optimizers
+    from nestlearn.tasks.optim.search import Effort, search
+
+    if name == "vision":
+        from nestlearn.tasks.optim.vision import available, train
+
+        settings = [dataset for dataset in DATASETS if dataset in available(data)]
+    else:
+        from nestlearn.tasks.optim.language import train
+
+        settings = ["stdlib"]
+    absent = [d for d in DATASETS if d not in settings] if name == "vision" else []
+    not_run = dict.fromkeys(absent, "no data: give --data DIR with mnist/ and cifar10/")
+    missing = {optimizer: optimizers.missing(optimizer) for optimizer in MODEL_OPTIMIZERS[name]}
+    effort = Effort(points=POINTS[name]) if scale == "cpu" else Effort(points=1, extensions=0, seeds=(0,))
+
+    def make_cell(setting: str, optimizer: str, lr: float, seed: int) -> Cell:
+        of_images = {"data": data, "dataset": setting} if name == "vision" else {"data": None}
+        arguments = dict(optimizer=optimizer, lr=lr, seed=seed, scale=scale, **of_images)
+        return Cell(f"{name}-{setting}-{optimizer}-lr{lr:g}-seed{seed}", train, arguments)
+
+    present = [optimizer for optimizer in MODEL_OPTIMIZERS[name] if missing[optimizer] is None]
+    found = search(name, settings, present, make_cell, lambda cells: run_cells(cells, out, workers, name), effort)
+    not_run |= {optimizer: reason for optimizer, reason in missing.items() if reason is not None}
+    return {"settings": found, "not_run": not_run, "seeds": len(effort.seeds)}
+
+
+def _brief(value: Any) -> Any:
+    """A result without what is only drawn."""
+    if isinstance(value, dict):
+        return {key: _brief(item) for key, item in value.items() if key not in ("runs", "path")}
+    return value
+
+
+def _command(name: str, scale: str, data: str | None) -> str:
+    given = ["--data", "DIR"] if data is not None and name == "vision" else []
+    return shlex.join(["nestlearn", "bench", "optim", "--only", name, "--scale", scale, *given])
+
+
+def _machine() -> str:
+    """What the times depend on."""
+    import torch
+
+    return f"{platform.machine()}, threads: {torch.get_num_threads()}, torch {torch.__version__}"
