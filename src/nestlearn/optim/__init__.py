@@ -1,9 +1,9 @@
 """Optimizers are associative memories of gradients (sections 4 and 7.2, appendix B)."""
 
-from nestlearn.optim.as_memory import as_memory
 from nestlearn.optim.base import MemoryOptimizer, NotFiniteGradient
 from nestlearn.optim.deep import DeepMomentum
 from nestlearn.optim.delta import DeltaMomentum
+from nestlearn.optim.derivations import as_memory
 from nestlearn.optim.descent import DGD, GGD
 from nestlearn.optim.generalized import GeneralizedMomentum
 from nestlearn.optim.m3 import M3

@@ -115,7 +115,7 @@ class MemoryOptimizer(Optimizer):
     def _checked(self, ready: list[list[Tensor]]) -> dict[Tensor, Tensor]:
         """Every gradient, dense and in the precision of the state, after the refusal of those that are not finite."""
         params = [p for group in ready for p in group]
-        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in params]
+        grads = [_dense_gradient(p) for p in params]
         if not params:
             return {}
         if _on_cpu(grads):
@@ -123,7 +123,7 @@ class MemoryOptimizer(Optimizer):
             finite = torch.stack([g.sum(dtype=state_dtype(g)) for g in grads]).isfinite()
             if not finite.all():
                 suspects = [p for p, good in zip(params, finite.tolist(), strict=True) if not good]
-                spoiled = [self._name(p) for p in suspects if not p.grad.to_dense().isfinite().all()]
+                spoiled = [self._name(p) for p in suspects if not _dense_gradient(p).isfinite().all()]
                 if spoiled:
                     raise NotFiniteGradient(_refusal(spoiled))
         else:
@@ -161,6 +161,11 @@ class MemoryOptimizer(Optimizer):
                         return repr(group["param_names"][index])
                     return f"parameter {index} of group {number}, shape {tuple(p.shape)}"
         raise AssertionError("a gradient of no group")
+
+
+def _dense_gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad.to_dense() if p.grad.is_sparse else p.grad
 
 
 def _on_cpu(tensors: list[Tensor]) -> bool:

@@ -102,7 +102,7 @@ class M3(MatrixOptimizer):
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], memories: list[State]
     ) -> None:
         for t, at in by_step(memories):
-            self._update_batch(group, t, *([column[i] for i in at] for column in (params, grads, memories)))
+            self._update_batch(group, t, [params[i] for i in at], [grads[i] for i in at], [memories[i] for i in at])
 
     def _update_batch(
         self, group: dict[str, Any], t: int, params: list[Tensor], grads: list[Tensor], memories: list[State]
@@ -125,7 +125,7 @@ class M3(MatrixOptimizer):
                 torch._foreach_add_(m2, g, alpha=beta3)
         updates = [o.reshape(p.shape) for o, p in zip(orthogonalize(fast, group), params, strict=True)]
         if group["alpha"] and t > chunk:
-            updates = torch._foreach_add(updates, slow_o, alpha=group["alpha"])
+            updates = list(torch._foreach_add(updates, slow_o, alpha=group["alpha"]))
         if group["denom"] != "none":
             second = [s["second_moment"] for s in memories]
             for g, v in sweep(grads, second):

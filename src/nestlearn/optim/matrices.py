@@ -30,7 +30,8 @@ def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
     [(False, ['1.weight']), (True, ['0.weight']), (True, ['1.bias'])]
     """
     ends = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    of_head = getattr(model, "get_output_embeddings", None)  # of Hugging Face models
+    head = of_head() if callable(of_head) else None
     tables = {module.weight for module in [*ends, *([head] if head is not None else [])]}
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     kernels = {m.weight for m in convolutions if m.groups == 1}

@@ -71,6 +71,6 @@ class Muon(MatrixOptimizer):
         momentum = group["momentum"]
         stored = [s["momentum"] for s in memories]
         torch._foreach_lerp_(stored, grads, 1 - momentum)
-        reads = torch._foreach_lerp(grads, stored, momentum) if group["nesterov"] else stored
+        reads = list(torch._foreach_lerp(grads, stored, momentum)) if group["nesterov"] else stored
         for p, o in zip(params, orthogonalize(reads, group), strict=True):
             p.add_(o.view(p.shape), alpha=-float(group["lr"]) * adjustment(p.shape, group["adjust"]))

@@ -17,7 +17,7 @@ from nestlearn.files import write_json
 EXPERIMENTS = ("curvature", "orthogonal", "vision", "language", "step-time")
 SCALES = ("smoke", "cpu")
 # Of section 9.7. A language model takes minutes a run, so fewer optimizers and first points are tried on it.
-MODEL_OPTIMIZERS = {"vision": ("adamw", "muon", "adamuon", "m3", "m3-paper"), "language": ("adamw", "muon", "m3")}
+MODEL_OPTIMIZERS = {"vision": ("adamw", "muon", "adamuon", "m3"), "language": ("adamw", "muon", "m3")}
 POINTS = {"vision": 5, "language": 3}
 DATASETS = ("mnist", "cifar10")
 

@@ -115,9 +115,10 @@ def _orthogonal(result: Mapping[str, Any]) -> Iterator[str]:
         f"{result['tasks']} tasks of {result['steps']} batches, one optimizer state for all. Losses are relative: "
         "1 is knowing nothing, 0 is solved. Forgetting: loss at the end minus loss right after the task, mean over all "
         "tasks but the last. The learning rate is constant, so AdamW, Muon and M3, whose steps do not shrink with the "
-        "gradient, end at a loss that it sets. Deep momentum has no momentum of the weight's shape, so its share of old "
-        "tasks is not drawn. " + SEARCH.format(criterion="the mean loss of all tasks at the end", seeds=result["seeds"]) + "\n"
+        "gradient, end at a loss that it sets. Deep momentum has no momentum of the weight's shape: its cosine is not "
+        "drawn.\n"
     )
+    yield SEARCH.format(criterion="the mean loss of all tasks at the end", seeds=result["seeds"]) + "\n"
     for setting, optimizers in in_order(result["settings"], SETTINGS):
         yield f"### {setting}: {SETTINGS[setting]}\n"
         rows = []

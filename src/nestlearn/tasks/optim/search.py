@@ -25,7 +25,7 @@ CENTRES: dict[str, dict[str, float]] = {
         "delta-momentum-inf": 1e-2,
         "deep-momentum": 3.2e-3,
     },
-    "vision": {"adamw": 1e-3, "muon": 1e-2, "adamuon": 1e-2, "m3": 1e-2, "m3-paper": 1e-5},
+    "vision": {"adamw": 1e-3, "muon": 1e-2, "adamuon": 1e-2, "m3": 1e-2},
     "language": {"adamw": 3.2e-3, "muon": 2e-2, "m3": 2e-2},
 }
 RATIO = 10**0.5  # between two neighbours of a grid

@@ -15,7 +15,7 @@ from nestlearn import optim as ours
 from nestlearn.data.images import load_images
 from nestlearn.errors import UserError
 from nestlearn.memory import objectives
-from nestlearn.optim.as_memory import OptimizerMemory, as_memory
+from nestlearn.optim.derivations import OptimizerMemory, as_memory
 from nestlearn.optim.descent import DGD, GGD
 from nestlearn.optim.generalized import GeneralizedMomentum
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from nestlearn.optim.accumulators import ELEMENTS, Memory, average, running_sum
-from nestlearn.optim.recurrences import GroupMemory, Read, Settings, adam, weight_decay
+from nestlearn.optim.derivations.accumulators import ELEMENTS, Memory, average, running_sum
+from nestlearn.optim.derivations.recurrences import GroupMemory, Read, Settings, adam, weight_decay
 
 DESCENT = "gradient descent"
 MATRIX = "matrix, shape of W"

@@ -15,10 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nestlearn.optim.accumulators import Memory, apply_along, average, read_out, statistics, symmetric_power
+from nestlearn.optim.derivations.accumulators import Memory, apply_along, average, read_out, statistics, symmetric_power
+from nestlearn.optim.derivations.recurrences import GroupMemory, Read, Settings, State, build, refuse, weight_decay
 from nestlearn.optim.matrices import adjustment
 from nestlearn.optim.orthogonal import COEFFICIENTS, newton_schulz
-from nestlearn.optim.recurrences import GroupMemory, Read, Settings, State, build, refuse, weight_decay
 
 
 def shampoo(s: Settings) -> GroupMemory:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nestlearn.memory import objectives, rules
-from nestlearn.optim import accumulators, matrix_recurrences
-from nestlearn.optim.as_memory import as_memory
+from nestlearn.optim.derivations import accumulators, as_memory, matrix_recurrences
 
 
 @pytest.fixture(autouse=True)

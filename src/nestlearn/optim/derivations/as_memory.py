@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from nestlearn.errors import UserError, nearest
-from nestlearn.optim import matrix_recurrences, own_memories, recurrences
-from nestlearn.optim.accumulators import Memory
-from nestlearn.optim.recurrences import GroupMemory, Settings
+from nestlearn.optim.derivations import matrix_recurrences, own_memories, recurrences
+from nestlearn.optim.derivations.accumulators import Memory
+from nestlearn.optim.derivations.recurrences import GroupMemory, Settings
 
 KNOWN: dict[str, Callable[[Settings], GroupMemory]] = {
     "torch.optim.SGD": recurrences.sgd,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.errors import UserError
-from nestlearn.optim.accumulators import Memory, average, read_out, running_maximum, running_sum
+from nestlearn.optim.derivations.accumulators import Memory, average, read_out, running_maximum, running_sum
 
 Settings = Mapping[str, Any]
 State = dict[str, Any]
