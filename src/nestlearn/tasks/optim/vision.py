@@ -48,7 +48,7 @@ class Setting:
 
 SETTINGS = {
     "mnist": Setting(patch=7, shift=2, flip=False, steps=400),
-    "cifar10": Setting(patch=4, shift=4, flip=True, steps=500, batch=64),
+    "cifar10": Setting(patch=4, shift=4, flip=True, steps=200, batch=64, scored=5_000),
 }
 SMOKE = dict(steps=6, batch=16, width=32, layers=1, mlp=64, scored=200)
 SCALES = ("cpu", "smoke")
