@@ -1,100 +1,16 @@
 """One suite over every optimizer: what `torch.optim` users rely on, and what this package promises besides."""
 
 import copy
-import inspect
-import io
 import math
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestlearn import optim
 from nestlearn.errors import UserError
-from nestlearn.optim import NotFiniteGradient, base, matrix_groups
-
-# Name: a constructor from a module and a learning rate, and a learning rate that suits the small problems below.
-PARAMS = {
-    "momentum": (lambda m, lr, **k: optim.Momentum(m.named_parameters(), lr, **k), 0.05),
-    "momentum-orthogonal": (
-        lambda m, lr, **k: optim.Momentum(m.named_parameters(), lr, output="orthogonal", **k),
-        0.03,
-    ),
-    "preconditioned": (lambda m, lr, **k: optim.PreconditionedMomentum(m.named_parameters(), lr, **k), 0.003),
-    "feature": (lambda m, lr, **k: optim.FeatureMomentum(m.named_parameters(), lr, **k), 0.05),
-    "delta": (lambda m, lr, **k: optim.DeltaMomentum(m.named_parameters(), lr, **k), 0.05),
-    "delta-inf": (lambda m, lr, **k: optim.DeltaMomentum(m.named_parameters(), lr, erase=math.inf, **k), 0.05),
-    "delta-elements": (lambda m, lr, **k: optim.DeltaMomentum(m.named_parameters(), lr, keys="elements", **k), 0.05),
-    "deep": (lambda m, lr, **k: optim.DeepMomentum(m.named_parameters(), lr, **k), 0.02),
-    "muon": (lambda m, lr, **k: optim.Muon(m.named_parameters(), lr, adam_lr=lr / 2, **k), 0.05),
-    "muon-learned": (
-        lambda m, lr, **k: optim.Muon(matrix_groups(m), lr, adam_lr=lr / 2, orthogonalization="learned", **k),
-        0.05,
-    ),
-    "m3": (lambda m, lr, **k: optim.M3(m.named_parameters(), lr, adam_lr=lr / 2, chunk_size=3, **k), 0.03),
-    "m3-groups": (lambda m, lr, **k: optim.M3(matrix_groups(m), lr, adam_lr=lr / 2, chunk_size=3, **k), 0.03),
-}
-MODULES = {
-    "dgd": (lambda m, lr, **k: optim.DGD(m, lr, **k), 0.1),
-    "dgd-explicit": (lambda m, lr, **k: optim.DGD(m, lr, mode="explicit", **k), 0.05),
-    "ggd": (lambda m, lr, **k: optim.GGD(m, lr, **k), 0.05),
-    "generalized": (lambda m, lr, **k: optim.GeneralizedMomentum(m, lr, **k), 0.03),
-}
-EVERY = {**PARAMS, **MODULES}
-FORGETTING = ("dgd", "dgd-explicit", "ggd")
-
-
-@pytest.fixture(params=EVERY)
-def make(request):
-    constructor, rate = EVERY[request.param]
-    return lambda model, lr=rate, **kwargs: constructor(model, lr, **kwargs)
-
-
-class Small(nn.Module):
-    """A table, a matrix, a convolution and vectors: one of each kind of parameter."""
-
-    def __init__(self, seed=0, dtype=torch.float32, vocabulary=128):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.table = nn.Embedding(vocabulary, 12)
-        self.mix = nn.Conv1d(12, 16, 2)
-        self.norm = nn.LayerNorm(16)
-        self.hidden = nn.Linear(16, 16)
-        self.head = nn.Linear(16, vocabulary)
-        self.to(dtype)
-
-    def forward(self, ids):
-        x = self.mix(self.table(ids).mT).mT
-        return self.head(torch.tanh(self.hidden(self.norm(x))))
-
-    def loss(self, ids):
-        logits = self(ids[:, :-1]).float()
-        return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten())
-
-
-def text():
-    """Real bytes that every machine has: the source of a module of the standard library."""
-    return torch.tensor([min(ord(c), 127) for c in inspect.getsource(io)])
-
-
-def batches(count, seed=0, length=24, size=8):
-    ids, generator = text(), torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(ids) - length, (count, size), generator=generator)
-    return [torch.stack([ids[s : s + length] for s in row]) for row in starts]
-
-
-def steps(model, optimizer, data):
-    for batch in data:
-        optimizer.zero_grad()
-        model.loss(batch).backward()
-        optimizer.step()
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-
+from tests.contracts.optimizer_cases import EVERY, FORGETTING, PARAMS, Small, batches, equal, steps
 
 # Convergence
 
@@ -323,83 +239,6 @@ def test_a_parameter_that_is_unfrozen_later_is_trained(make):
 def test_complex_parameters_are_refused():
     with pytest.raises(UserError, match="complex"):
         optim.Momentum([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
-
-
-# Not-finite gradients
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_gradients_that_are_not_finite_are_refused_by_name_before_anything_changes(make, bad):
-    model = Small()
-    optimizer = make(model)
-    steps(model, optimizer, batches(2))
-    weights, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict()["state"])
-    optimizer.zero_grad()
-    model.loss(batches(1)[0]).backward()
-    model.hidden.weight.grad[3, 5] = bad
-    with pytest.raises(NotFiniteGradient, match=r"'hidden\.weight' is not finite"):
-        optimizer.step()
-    assert equal(model, weights)
-    for index, entry in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, state[index][key]) for key, value in entry.items())
-
-
-def test_without_names_a_parameter_is_named_by_its_place():
-    p = nn.Parameter(torch.zeros(2, 3))
-    optimizer = optim.Momentum([p])
-    p.grad = torch.full((2, 3), math.nan)
-    with pytest.raises(NotFiniteGradient, match=r"parameter 0 of group 0, shape \(2, 3\)"):
-        optimizer.step()
-
-
-def test_large_finite_gradients_are_not_refused():
-    p = nn.Parameter(torch.zeros(1000))
-    p.grad = torch.full((1000,), 1e38)  # their sum is not finite in float32
-    optim.Momentum([p], lr=1e-30).step()
-    assert p.isfinite().all()
-
-
-def test_on_an_accelerator_the_refusal_comes_a_step_later_and_nothing_is_spoiled(make, monkeypatch):
-    """The path that waits for no device, walked on a CPU."""
-    monkeypatch.setattr(base, "_on_cpu", lambda tensors: False)
-    monkeypatch.setattr(base, "_copy_to_host", lambda flags: (flags.clone(), lambda: None))
-    model = Small()
-    optimizer = make(model)
-    steps(model, optimizer, batches(2))
-    model.hidden.weight.grad[0, 0] = math.nan
-    optimizer.step()
-    assert all(p.isfinite().all() for p in model.parameters())
-    with pytest.raises(NotFiniteGradient, match=r"'hidden\.weight'.*zero gradients"):
-        optimizer.step()
-    steps(model, optimizer, batches(2))
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails when a tensor other than the given counters is read by the host."""
-
-    def __init__(self, counters):
-        super().__init__()
-        self.allowed = {c.data_ptr() for c in counters}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
-            assert args[0].data_ptr() in self.allowed, "the host reads a tensor of the device"
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_waits_for_no_device(make, monkeypatch):
-    """Only step counters, which stay on the host, are read; the check of the gradients is that of an accelerator."""
-    monkeypatch.setattr(base, "_on_cpu", lambda tensors: False)
-    monkeypatch.setattr(base, "_copy_to_host", lambda flags: (flags.clone(), lambda: None))
-    model = Small()
-    optimizer = make(model, weight_decay=0.1)
-    steps(model, optimizer, batches(1))
-    model.loss(batches(1)[0]).backward()
-    counters = [state["step"] for state in optimizer.state.values() if "step" in state]
-    optimizer._pending = None
-    with NoWaiting(counters):
-        optimizer.step()
 
 
 # What users of torch.optim do
