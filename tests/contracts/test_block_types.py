@@ -21,11 +21,13 @@ BLOCKS = {
     "hope": ["hope", "hope"],
     "hope-mlp-anchor": ["hope", "hope"],
     "hope-attention": ["hope-attention", "hope-attention"],
+    "learning-levels": ["hope", "hope-attention"],
     "attention": ["attention", "attention"],
     "mixture": ["hope", "attention"],
     "all": ["hope-attention", "hope", "attention"],
 }
 OPTIONS: dict[str, dict[str, Any]] = {
+    "learning-levels": {"cms_online": "local", "cms_variant": "nested", "cms_objective": "l2", "cms_chunk_sizes": [2, 4]},
     "hope-mlp-anchor": {"memory_type": "mlp", "read": "anchor", "chunk_size_other": 2, "momentum": True}
 }
 VOCABULARY = 48
@@ -42,9 +44,8 @@ def make(kind: str, **options: Any) -> HopeForCausalLM:
         intermediate_size=24,
         block_types=blocks,
         chunk_size=4,
-        cms_chunk_sizes=[4, 16],
         # The large range lets a wrong token or position show.
-        **{"initializer_range": 0.3, **OPTIONS.get(kind, {}), **options},
+        **{"initializer_range": 0.3, "cms_chunk_sizes": [4, 16], **OPTIONS.get(kind, {}), **options},
     )
     return HopeForCausalLM(config).eval()
 

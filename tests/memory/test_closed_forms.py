@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad
 
 from nestlearn.errors import UserError
-from nestlearn.memory import LinearMemory, MLPMemory, objectives, rules
+from nestlearn.memory import LinearMemory, MLPMemory, SwiGLUMemory, objectives, rules
 
 sizes = st.integers(1, 6)
 OBJECTIVES = [objectives.dot_product, objectives.l2, objectives.lp(1), objectives.lp(1.5), objectives.lp(3)]
@@ -26,7 +26,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def test_memory_gradients(objective, d_in: int, d_out: int, hidden: int, tokens: int, seed: int) -> None:
     k, v = draw(tokens, d_in, seed=seed), draw(tokens, d_out, seed=seed + 1)
     generator = torch.Generator().manual_seed(seed)
-    for memory in (LinearMemory(d_in, d_out), MLPMemory(d_in, d_out, hidden)):
+    for memory in (LinearMemory(d_in, d_out), MLPMemory(d_in, d_out, hidden), SwiGLUMemory(d_in, d_out, hidden)):
         weights = tuple(w.double() for w in memory.init(generator=generator))
         expected = grad(lambda *ws, m=memory: m.objective(ws, k, v, objective), argnums=tuple(range(len(weights))))
         for ours, theirs in zip(memory.gradient(weights, k, v, objective), expected(*weights), strict=True):

@@ -60,7 +60,7 @@ def test_rejects_in_one_line(options: dict[str, Any], message: str) -> None:
         ({"cms_chunk_sizes": [64, 16]}, "fast to slow"),
         ({"cms_chunk_sizes": [0]}, "positive integer"),
         ({"intermediate_size": 100}, "evenly over 3 levels"),
-        ({"cms_variant": "nested"}, "does not exist yet"),
+        ({"cms_variant": "neted"}, "did you mean 'nested'"),
         ({"read": "anker"}, "did you mean 'anchor'"),
         ({"memory_type": "liner"}, "did you mean 'linear'"),
         ({"chunk_size_other": 0}, "chunk_size_other"),

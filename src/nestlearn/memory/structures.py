@@ -1,4 +1,4 @@
-"""Where a memory keeps what it knows: a matrix, or a two-layer residual MLP (Definition 1, Eq. 6).
+"""Where a memory keeps what it knows: a matrix, a two-layer MLP or a gated one (Definition 1, Eq. 6).
 
 A structure is stateless; its weights travel as a tuple of tensors. Column convention: ``W`` is
 (d_out, d_in) and ``y = W x``; tokens are rows, so a batch of tokens is (..., T, d) and reads are ``X W^T``.
@@ -113,3 +113,39 @@ class MLPMemory(_Memory):
         w1, w2 = weights
         z = k @ w2.mT
         return (error, F.silu(z)), ((error @ w1) * silu_derivative(z), k)
+
+
+@dataclass(frozen=True)
+class SwiGLUMemory(_Memory):
+    """A gated memory ``M(x) = W1 (silu(W3 x) * W2 x)``, a Transformer's SwiGLU MLP, with weights ``(W1, W2, W3)``.
+
+    W1 is (..., d_out, d_hidden), W2 and W3, the gate, are (..., d_hidden, d_in). There is no residual.
+
+    >>> import torch
+    >>> memory = SwiGLUMemory(4, 4, d_hidden=8)
+    >>> memory.read(memory.init(), torch.ones(3, 4)).shape
+    torch.Size([3, 4])
+    """
+
+    d_in: int
+    d_out: int
+    d_hidden: int
+
+    def init(self, heads: tuple[int, ...] = (), generator: torch.Generator | None = None) -> Weights:
+        """Random weights of variance 1/fan_in."""
+        w1 = torch.randn(*heads, self.d_out, self.d_hidden, generator=generator) / math.sqrt(self.d_hidden)
+        into = [torch.randn(*heads, self.d_hidden, self.d_in, generator=generator) for _ in range(2)]
+        return w1, into[0] / math.sqrt(self.d_in), into[1] / math.sqrt(self.d_in)
+
+    def read(self, weights: Weights, x: Tensor) -> Tensor:
+        """``W1 (silu(W3 x) * W2 x)`` for every row of ``x`` (..., T, d_in): (..., T, d_out)."""
+        w1, w2, w3 = weights
+        return (F.silu(x @ w3.mT) * (x @ w2.mT)) @ w1.mT
+
+    def factors(self, weights: Weights, k: Tensor, error: Tensor) -> Factors:
+        """Rows of the rank-one gradients, with ``z = W3 k``, ``u = W2 k`` and ``g = W1^T error``:
+        ``error_t (silu(z) * u)_t^T``, ``(g * silu(z))_t k_t^T``, ``(g * u * silu'(z))_t k_t^T``."""
+        w1, w2, w3 = weights
+        z, u, g = k @ w3.mT, k @ w2.mT, error @ w1
+        gate = F.silu(z)
+        return (error, gate * u), (g * gate, k), (g * u * silu_derivative(z), k)

@@ -1,7 +1,7 @@
 """Layers that map (B, T, D) to (B, T, D), state in, state out."""
 
 from nestlearn.nn.attention import AttentionState, CausalAttention
-from nestlearn.nn.continuum import ContinuumLevel, ContinuumMemory
+from nestlearn.nn.continuum import ContinuumLevel, ContinuumMemory, ContinuumState, LevelUpdate
 from nestlearn.nn.convolution import CausalConv
 from nestlearn.nn.titans import SelfReferentialTitans, TitansState
 
@@ -11,6 +11,8 @@ __all__ = [
     "CausalConv",
     "ContinuumLevel",
     "ContinuumMemory",
+    "ContinuumState",
+    "LevelUpdate",
     "SelfReferentialTitans",
     "TitansState",
 ]

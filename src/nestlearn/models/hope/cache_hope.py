@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
 import torch
@@ -12,25 +12,53 @@ from transformers.cache_utils import CacheLayerMixin
 
 from nestlearn.errors import UserError
 from nestlearn.models.hope.configuration_hope import CACHE_LAYER_TYPE
+from nestlearn.nn.continuum import ContinuumState
 
 
 class MixerState(Protocol):
     """What a token mixer carries along a sequence; dimension 0 of every tensor is the batch."""
 
     def index_select(self, rows: Tensor) -> MixerState: ...
+    def detach(self) -> MixerState: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockState:
-    """What one block carries along a sequence: its token mixer's state and that of its own convolution, if any."""
+    """What one block carries along a sequence: the states of its token mixer (None before the first token), of its own
+    convolution, if any, and of a continuum memory that learns along the sequence."""
 
-    mixer: MixerState
+    mixer: MixerState | None
     conv: Tensor | None = None
+    memory: ContinuumState | None = None
 
     def index_select(self, rows: Tensor) -> BlockState:
         """The state of the given rows, in that order."""
-        conv = None if self.conv is None else self.conv.index_select(0, rows)
-        return BlockState(self.mixer.index_select(rows), conv)
+        return BlockState(
+            None if self.mixer is None else self.mixer.index_select(rows),
+            None if self.conv is None else self.conv.index_select(0, rows),
+            None if self.memory is None else self.memory.index_select(rows),
+        )
+
+    def detach(self) -> BlockState:
+        """The same values, cut from the graph that made them."""
+        return BlockState(
+            None if self.mixer is None else self.mixer.detach(),
+            None if self.conv is None else self.conv.detach(),
+            None if self.memory is None else self.memory.detach(),
+        )
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A segment that waits for its end: its tokens (B, n), kept by the first block, and a block's state before it."""
+
+    tokens: Tensor
+    state: BlockState | None
+
+    def index_select(self, rows: Tensor) -> Replay:
+        """That of the given rows, in that order."""
+        state = None if self.state is None else self.state.index_select(rows)
+        return Replay(self.tokens.index_select(0, rows), state)
 
 
 class HopeCacheLayer(CacheLayerMixin):
@@ -54,6 +82,20 @@ class HopeCacheLayer(CacheLayerMixin):
         self.columns += hidden_states.shape[1]
         self.batch_size, self.device = hidden_states.shape[0], hidden_states.device
 
+    @property
+    def memory(self) -> ContinuumState:
+        """The state of the block's continuum memory, which must be there."""
+        assert self.state is not None and self.state.memory is not None
+        return self.state.memory
+
+    def give_memory(self, memory: ContinuumState) -> None:
+        """Put another state of the continuum memory in place."""
+        self.state = replace(self.state or BlockState(None), memory=memory)
+
+    def rewind(self, state: BlockState | None, columns: int) -> None:
+        """Go back to an earlier state, after so many tokens."""
+        self.state, self.columns = state, columns
+
     def get_seq_length(self) -> int:
         return self.columns
 
@@ -65,6 +107,7 @@ class HopeCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state: BlockState | None = None
+        self.replay: Replay | None = None  # of levels that learn from the next-token loss
         self.columns = 0  # tokens seen, filler of padded rows included, as transformers counts a cache's length
         self.batch_size = -1  # unknown, as transformers writes it
         self.is_initialized = False
@@ -73,6 +116,7 @@ class HopeCacheLayer(CacheLayerMixin):
         """Keep the given rows, in that order."""
         if self.state is not None:
             self.state = self.state.index_select(indices.to(self.device))
+            self.replay = None if self.replay is None else self.replay.index_select(indices.to(self.device))
             self.batch_size = len(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

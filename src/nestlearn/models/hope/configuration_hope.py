@@ -61,7 +61,10 @@ class HopeConfig(PreTrainedConfig):
             norm_limit, retained, gate, shared_input: as in :class:`nestlearn.nn.SelfReferentialTitans`.
         memory_type, memory_hidden_size: its ``memory`` and ``memory_hidden``.
         cms_chunk_sizes: tokens between two updates of each level of the continuum memory, fast to slow.
-        cms_variant, cms_activation: as in :class:`nestlearn.nn.ContinuumMemory`.
+        cms_variant, cms_activation, cms_online, cms_objective: as in :class:`nestlearn.nn.ContinuumMemory`.
+            "next-token" needs rows without filler.
+        cms_rule, cms_lr: rule and learning rate of the levels where ``cms_online`` is set, one for all or a list.
+        cms_reduction, cms_clip, cms_norm_limit: as in :class:`nestlearn.nn.LevelUpdate`.
         rms_norm_eps: added to the mean square inside each norm.
         rope_theta: base of the rotary wavelengths of the attention blocks.
         max_position_embeddings: training length in tokens, for the record; nothing in the model depends on it.
@@ -117,6 +120,13 @@ class HopeConfig(PreTrainedConfig):
     cms_chunk_sizes: list[int] = field(default_factory=lambda: [64, 512, 4096])
     cms_variant: str = "sequential"
     cms_activation: str = "swiglu"
+    cms_online: str | None = None
+    cms_objective: str = "dot"
+    cms_rule: str | list[str] = "sgd"
+    cms_lr: float | int | list[float | int] = 0.1
+    cms_reduction: str = "sum"
+    cms_clip: float | int | None = 1.0
+    cms_norm_limit: float | int | None = 1.0
 
     rms_norm_eps: float | int = 1e-6
     rope_theta: float | int = 10_000.0

@@ -22,7 +22,8 @@ from transformers.utils.generic import can_return_tuple
 from nestlearn.errors import UserError
 from nestlearn.models.hope.cache_hope import BlockState, HopeCacheLayer
 from nestlearn.models.hope.configuration_hope import HopeConfig
-from nestlearn.nn import CausalAttention, CausalConv, ContinuumMemory, SelfReferentialTitans
+from nestlearn.models.hope.next_token import read_and_learn
+from nestlearn.nn import CausalAttention, CausalConv, ContinuumLevel, ContinuumMemory, LevelUpdate, SelfReferentialTitans
 
 # Arguments of SelfReferentialTitans that HopeConfig has under the same name.
 TITANS_OPTIONS = ("chunk_size", "chunk_size_other", "conv_size", "objective", "read", "delta", "decay", "momentum")
@@ -51,7 +52,22 @@ def make_memory(config: HopeConfig, block_type: str) -> ContinuumMemory:
         hidden=config.intermediate_size,
         activation="swiglu" if plain else config.cms_activation,  # type: ignore[arg-type]
         norm_eps=config.rms_norm_eps,
+        online=None if plain else config.cms_online,  # type: ignore[arg-type]
+        update=None if plain or config.cms_online is None else make_updates(config),
+        objective=config.cms_objective,  # type: ignore[arg-type]
     )
+
+
+def make_updates(config: HopeConfig) -> list[LevelUpdate]:
+    """The learning rule of every level of a continuum memory that learns along the sequence."""
+    levels = len(config.cms_chunk_sizes)
+    each = {"cms_rule": config.cms_rule, "cms_lr": config.cms_lr}
+    lists = {name: value if isinstance(value, list) else [value] * levels for name, value in each.items()}
+    for name, values in lists.items():
+        if len(values) != levels:
+            raise UserError(f"{name} names {len(values)} levels, but cms_chunk_sizes {levels}: give one for each level")
+    limits = dict(clip=config.cms_clip, norm_limit=config.cms_norm_limit, reduction=config.cms_reduction)
+    return [LevelUpdate(rule, lr, **limits) for rule, lr in zip(*lists.values(), strict=True)]  # type: ignore[arg-type]
 
 
 class HopeBlock(GradientCheckpointingLayer):
@@ -91,9 +107,10 @@ class HopeBlock(GradientCheckpointingLayer):
         if self.conv is not None:
             u, conv = self.conv(u, None if past is None else past.conv, lengths)
         mixed, state = self.mixer(u, None if past is None else past.mixer, lengths)  # type: ignore[arg-type]
+        y, memory = self.memory(hidden_states + mixed, None if past is None else past.memory, lengths)
         if layer is not None:
-            layer.store(BlockState(state, conv), hidden_states)
-        return self.memory(hidden_states + mixed)[0]
+            layer.store(BlockState(state, conv, memory), hidden_states)
+        return y
 
 
 class HopePreTrainedModel(PreTrainedModel):
@@ -114,9 +131,10 @@ class HopePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, CausalConv | SelfReferentialTitans):
-            # These draw all their weights themselves. Those that a checkpoint brought stay as they are.
-            parameters = list(module.parameters())
+        if isinstance(module, CausalConv | SelfReferentialTitans | ContinuumMemory | ContinuumLevel):
+            # These draw what is theirs themselves. Those that a checkpoint brought stay as they are.
+            own = isinstance(module, ContinuumMemory | ContinuumLevel)  # their linear layers are drawn as all others
+            parameters = list(module.parameters(recurse=not own))
             loaded = [(p, p.clone()) for p in parameters if getattr(p, "_is_hf_initialized", False)]
             if len(loaded) < len(parameters):
                 module.reset_parameters()
@@ -176,7 +194,7 @@ class HopeModel(HopePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            self._check_cache(past_key_values, hidden_states)
+            self.check_cache(past_key_values, hidden_states)
 
         valid = valid_columns(attention_mask, hidden_states)
         lengths = order = None
@@ -203,16 +221,17 @@ class HopeModel(HopePreTrainedModel):
             hidden_states=(*collected, hidden_states) if collect else None,
         )
 
-    def _check_cache(self, cache: Cache, hidden_states: Tensor) -> None:
+    def check_cache(self, cache: Cache, inputs: Tensor) -> None:
+        """Refuse a cache of another model or another number of rows than ``inputs`` (B, ...)."""
         layers = cache.layers
         if len(layers) != len(self.layers) or not all(isinstance(layer, HopeCacheLayer) for layer in layers):
             raise UserError("past_key_values does not fit this model: make it by DynamicCache(config=model.config)")
         if cache.offloading:
             raise UserError("a Hope model's cache cannot be offloaded: leave cache_implementation out")
         size = cache.batch_size
-        if size not in (-1, hidden_states.shape[0]):
+        if size not in (-1, inputs.shape[0]):
             raise UserError(
-                f"past_key_values holds {size} rows, but the input has {hidden_states.shape[0]}: "
+                f"past_key_values holds {size} rows, but the input has {inputs.shape[0]}: "
                 "repeat the cache with batch_repeat_interleave, or start a new one"
             )
 
@@ -257,14 +276,9 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
 
         The other arguments are those of :meth:`HopeModel.forward`.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        run = self.model if not self.learns_next_token else self._read_and_learn
+        outputs = run(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
@@ -280,6 +294,42 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    @property
+    def learns_next_token(self) -> bool:
+        """Whether levels learn from this model's own next-token loss while it reads."""
+        return any(block.memory.online == "next-token" for block in self.model.layers)  # type: ignore[union-attr]
+
+    def _read_and_learn(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """:meth:`HopeModel.forward`, and the levels learn from the next-token loss."""
+        if input_ids is None or inputs_embeds is not None:
+            raise UserError("levels that learn from the next-token loss need the tokens: give input_ids")
+        if valid_columns(attention_mask, input_ids[..., None]) is not None:
+            raise UserError(
+                "levels that learn from the next-token loss need rows without filler: give rows of equal length, "
+                "or one at a time"
+            )
+        if self.model.gradient_checkpointing and self.training:
+            raise UserError('gradient checkpointing replays a block, so cms_online="next-token" cannot use it')
+        cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+        self.model.check_cache(cache, input_ids)
+
+        def read(tokens: Tensor, cache: Cache) -> Tensor:
+            return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs).last_hidden_state
+
+        memories = [block.memory for block in self.model.layers]
+        hidden = read_and_learn(read, self.lm_head, memories, input_ids, cache)  # type: ignore[arg-type]
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
 
     # config.max_position_embeddings is a record and no limit: no default length ends there, and no warning is due.
 
