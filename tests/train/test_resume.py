@@ -44,7 +44,9 @@ def kill_at(command: list[str], metrics: Path, step: int) -> None:
 
 
 def test_killed_twice_and_resumed_is_bit_identical(hope_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = hope_recipe.replace("train", tokens=40 * 128)  # steps enough to be killed in the middle of
+    # Steps enough to be killed in the middle of, most of them between two updates of the slow level.
+    recipe = hope_recipe.replace("train", tokens=40 * 128, levelwise=True)
+    recipe = recipe.replace("model", cms_chunk_sizes=[8, 5 * 128])
     rng = random.Random(2)
     file, out = tmp_path / "recipe.toml", tmp_path / "killed"
     file.write_text(dump(recipe))

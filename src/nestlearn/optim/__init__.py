@@ -6,6 +6,7 @@ from nestlearn.optim.delta import DeltaMomentum
 from nestlearn.optim.derivations import as_memory
 from nestlearn.optim.descent import DGD, GGD
 from nestlearn.optim.generalized import GeneralizedMomentum
+from nestlearn.optim.levelwise import LevelwiseOptimizer, periods_of
 from nestlearn.optim.m3 import M3
 from nestlearn.optim.matrices import matrix_groups
 from nestlearn.optim.momentum import FeatureMomentum, Momentum, PreconditionedMomentum
@@ -20,6 +21,7 @@ __all__ = [
     "DeltaMomentum",
     "FeatureMomentum",
     "GeneralizedMomentum",
+    "LevelwiseOptimizer",
     "MemoryOptimizer",
     "Momentum",
     "Muon",
@@ -29,4 +31,5 @@ __all__ = [
     "descend_to_orthogonal",
     "matrix_groups",
     "newton_schulz",
+    "periods_of",
 ]

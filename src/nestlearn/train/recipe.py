@@ -73,7 +73,8 @@ class TrainRecipe:
     ``tokens``: the budget, in tokens, of each model. ``batch_size``: sequences of one forward pass.
     ``gradient_accumulation``: forward passes of one step. ``optimizer``: a name of
     `nestlearn.train.optimizers.build`. ``learning_rate``: its peak, in units of that optimizer (good ones for AdamW
-    and Muon differ by a factor of ten). ``warmup``: the share of the steps that rise to the peak. ``schedule``: the
+    and Muon differ by a factor of ten). ``levelwise``: whether the levels of continuum memories are updated at their
+    own frequencies, from the mean gradient of their chunk (Eq. 71), instead of all at every step. ``warmup``: the share of the steps that rise to the peak. ``schedule``: the
     shape after it. ``weight_decay``: decoupled, on matrices only, in units of the learning rate. ``max_grad_norm``:
     the L2 norm at which gradients are clipped (0: never). ``log_every``, ``eval_every``, ``save_every``: in steps.
     ``eval_tokens`` and ``final_eval_tokens``: how much of the validation set, at most, an evaluation during
@@ -85,6 +86,7 @@ class TrainRecipe:
     gradient_accumulation: int = _number(1, 1)
     optimizer: str = _choice("adamw", OPTIMIZERS)
     learning_rate: float = _number(2e-3, 0)
+    levelwise: bool = False
     warmup: float = _number(0.1, 0, 0.999)
     schedule: str = _choice("cosine", SCHEDULES)
     weight_decay: float = _number(0.1, 0)

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from nestlearn.errors import UserError
+from nestlearn.nn import ContinuumLevel, continuum_periods
+from nestlearn.optim import LevelwiseOptimizer
 from nestlearn.train.checkpoint import commit, disk_errors, load_state, save_state
 from nestlearn.train.evaluate import NotFinite
 from nestlearn.train.optimizers import build
@@ -120,9 +122,15 @@ class LanguageModelTrainer(Trainer):
         """AdamW is the Trainer's own; any other that the recipe names is built here, if none was handed over."""
         train, target = self._recipe.train, self.model if model is None else model
         assert target is not None
-        if self.optimizer is None and train.optimizer != "adamw":
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        if train.optimizer != "adamw":
             self.optimizer = build(train.optimizer, target, train.learning_rate, train.weight_decay)
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if train.levelwise and any(isinstance(module, ContinuumLevel) for module in target.modules()):
+            periods = continuum_periods(target, self._recipe.tokens_per_step)
+            self.optimizer = optimizer = LevelwiseOptimizer(optimizer, periods, error="mean")
+        return optimizer
 
     # Saving: the Trainer writes into a folder that `commit` renames when all of it is on the disk
 

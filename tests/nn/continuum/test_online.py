@@ -24,7 +24,7 @@ def make(rule: str | list[str] = "sgd", sizes: tuple[int, ...] = (2, 4, 8), lr: 
     update = [LevelUpdate(name, lr, **limits) for name in rules]
     options = {"hidden": 4 * len(sizes), "online": "local", **options}
     memory = ContinuumMemory(DIM, sizes, update=update, **options).double()
-    for level in memory.levels:  # a fresh level writes nothing
+    for level in memory.levels:  # a fresh level has values of zero
         torch.nn.init.normal_(level.value, std=0.5)
         torch.nn.init.normal_(level.log_rate, std=0.1)
     return memory
@@ -167,9 +167,9 @@ def test_nested_start_takes_the_parents_rule_and_rate() -> None:
 
 
 def test_the_outer_loss_can_teach_a_fresh_level_to_write() -> None:
-    """Values start at zero, where nothing is written; their gradient does not."""
+    """Values start at zero, where a dot product writes nothing; their gradient does not."""
     torch.manual_seed(0)
-    memory = ContinuumMemory(DIM, [2], hidden=4, online="local").double()
+    memory = ContinuumMemory(DIM, [2], hidden=4, online="local", objective="dot").double()
     y, _ = memory(draw(1, 8, DIM))
     static = ContinuumMemory(DIM, [2], hidden=4).double()
     static.load_state_dict(memory.state_dict(), strict=False)

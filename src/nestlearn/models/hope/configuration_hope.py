@@ -121,7 +121,7 @@ class HopeConfig(PreTrainedConfig):
     cms_variant: str = "sequential"
     cms_activation: str = "swiglu"
     cms_online: str | None = None
-    cms_objective: str = "dot"
+    cms_objective: str = "l2"
     cms_rule: str | list[str] = "sgd"
     cms_lr: float | int | list[float | int] = 0.1
     cms_reduction: str = "sum"

@@ -14,12 +14,14 @@ Shapes: B rows, T tokens, D channels, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from nestlearn.memory.structures import Weights
@@ -105,7 +107,9 @@ def _learn(
                 aliases.append(own)
                 levels.append(replace(level, weights=own))
             layer.give_memory(replace(state, levels=tuple(levels)))
-        hidden = read(tokens, cache)
+        # Of PyTorch's attention kernels only the plain one has a derivative of its derivative.
+        with sdpa_kernel(SDPBackend.MATH) if outer else nullcontext():
+            hidden = read(tokens, cache)
         logits = head(hidden).flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, targets.reshape(-1), reduction="sum")

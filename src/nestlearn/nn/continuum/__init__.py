@@ -2,7 +2,8 @@
 
 from nestlearn.nn.continuum.level import ContinuumLevel
 from nestlearn.nn.continuum.memory import ContinuumMemory
+from nestlearn.nn.continuum.schedule import continuum_periods
 from nestlearn.nn.continuum.state import ContinuumState, LevelState
 from nestlearn.nn.continuum.update import LevelUpdate
 
-__all__ = ["ContinuumLevel", "ContinuumMemory", "ContinuumState", "LevelState", "LevelUpdate"]
+__all__ = ["ContinuumLevel", "ContinuumMemory", "ContinuumState", "LevelState", "LevelUpdate", "continuum_periods"]

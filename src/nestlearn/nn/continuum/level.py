@@ -55,8 +55,8 @@ class ContinuumLevel(nn.Module):
         self.value = nn.Parameter(torch.zeros(dim, dim)) if local else None
 
     def reset_parameters(self) -> None:
-        """What the level has beside its linear layers: the factor of the rate at 1, and values of zero, so that a
-        fresh level is the static one until the outer loss has taught it what to write."""
+        """What the level has beside its linear layers: the factor of the rate at 1, and values of zero, to which a
+        fresh level's outputs shrink until the outer loss has taught it what to write."""
         for parameter in (self.log_rate, self.value):
             if parameter is not None:
                 nn.init.zeros_(parameter)

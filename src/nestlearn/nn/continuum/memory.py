@@ -52,7 +52,7 @@ class ContinuumMemory(nn.Module):
             the levels learn from the model's own next-token loss, whose gradient the model brings (`gather`,
             `learn`); this layer then only reads.
         update: the learning rule, one for all levels or one for each.
-        objective: of "local": "dot" or "l2".
+        objective: of "local": "l2", or "dot", which learned worse than static levels (`docs/log.md`).
 
     Raises:
         UserError: an unknown name, chunk sizes that are not positive or not in increasing order or, nested, of which
@@ -75,7 +75,7 @@ class ContinuumMemory(nn.Module):
         norm_eps: float = 1e-6,
         online: Literal["local", "next-token"] | None = None,
         update: LevelUpdate | Sequence[LevelUpdate] | None = None,
-        objective: Literal["dot", "l2"] = "dot",
+        objective: Literal["dot", "l2"] = "l2",
     ) -> None:
         super().__init__()
         sizes = list(chunk_sizes)

@@ -1,0 +1,257 @@
+"""Every level at its own frequency in training (Eq. 71, unit = optimizer steps), under any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nestlearn.errors import UserError, nearest
+from nestlearn.optim.base import NotFiniteGradient, state_dtype
+
+ERRORS = ("sum", "mean", "last")
+
+
+class LevelwiseOptimizer(Optimizer):
+    """An optimizer that updates each level every C steps, from the error of the last C steps (Eq. 71).
+
+    It stands in front of another optimizer and shares its groups and state. Parameters with the period C > 1 are shown
+    to the inner optimizer, with a gradient, at the steps C, 2C, ...; at the others they have none, so their weights,
+    their momenta and their weight decay rest. With periods of 1 it is the inner optimizer, bit for bit. Learning rate
+    schedulers, gradient accumulation and `transformers.Trainer` work as with the inner one.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`.
+        periods: steps between two updates of a parameter; 1 for those that are left out. `periods_of` makes it from
+            names, `nestlearn.nn.continuum_periods` from the chunk sizes of a model's continuum memories.
+        error: what a level is updated from. "sum", as printed: the sum of the C gradients; "mean": the same over C,
+            so that an update has the size of an ordinary one under SGD (Adam sees no difference but for its eps).
+            Both keep one gradient per slow parameter between updates. "last": the gradient of the C-th step alone; in
+            between the parameters ask for no gradient, so a level that rests costs no backward pass through its weights
+            either. ``requires_grad`` is then false until the step before the update; `flush` gives it back. Not for
+            wrappers that fix the set of gradients, as DistributedDataParallel does.
+
+    Raises:
+        UserError: an unknown error, a period that is not a positive integer, or of a parameter of no group.
+        NotFiniteGradient: a gradient that is to be kept is infinite or NaN, by name (on a CPU; on an accelerator the
+            inner optimizer meets it at the update).
+
+    >>> fast, slow = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    >>> optimizer = LevelwiseOptimizer(torch.optim.SGD([fast, slow], lr=1.0), {slow: 2})
+    >>> for _ in range(2):
+    ...     (fast + slow).sum().backward(); optimizer.step(); print(fast.item(), slow.item()); optimizer.zero_grad()
+    -1.0 0.0
+    -2.0 -2.0
+    """
+
+    def __init__(self, optimizer: Optimizer, periods: Mapping[nn.Parameter, int], error: str = "sum") -> None:
+        # Not the base's __init__: groups, state and hooks are the inner optimizer's.
+        if error not in ERRORS:
+            raise UserError(f"unknown error {error!r} of a LevelwiseOptimizer: {nearest(str(error), ERRORS)}")
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for p, period in periods.items():
+            check_period(period, f"a parameter of shape {tuple(p.shape)}")
+            if id(p) not in known:
+                raise UserError(
+                    f"a period is given for a parameter of shape {tuple(p.shape)} that the optimizer does not have: "
+                    "give it to the optimizer, or leave the period out"
+                )
+        self.optimizer, self.error = optimizer, error
+        self.periods = {p: period for p, period in periods.items() if period > 1}
+        self.steps = 0
+        self._kept: dict[nn.Parameter, Tensor] = {}
+        self._resting: list[nn.Parameter] = []
+        self._rest()
+
+    # What is the inner optimizer's
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # before __init__ has set it
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's."""
+        return self.optimizer.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer; its period is 1."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`; what is kept for slow levels stays."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(error={self.error!r}, periods={sorted(set(self.periods.values()))})\n{self.optimizer}"
+
+    # Eq. 71
+
+    def due(self, p: nn.Parameter) -> bool:
+        """Whether the coming step updates ``p``."""
+        return (self.steps + 1) % self.periods.get(p, 1) == 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the levels that are due; return the closure's loss, if one was given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for p, period in self.periods.items():
+            if self.error == "last":
+                if not self.due(p):
+                    p.grad = None
+                continue
+            self._check(p)
+            if self.due(p):
+                self._give_back(p, period)
+            elif p.grad is not None:
+                # The gradient itself is kept, by reference: whoever zeroes gradients no longer sees it.
+                p.grad, self._kept[p] = None, self._sum(p)
+        self.optimizer.step()
+        self.steps += 1
+        self._rest()
+        return loss
+
+    def flush(self) -> None:
+        """Update now what slow levels have kept of an unfinished chunk, and let every parameter ask for gradients."""
+        waiting = list(self._kept)
+        fast = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        for p, _ in fast:
+            p.grad = None
+        for p in waiting:
+            self._give_back(p, self.periods[p])
+        if waiting:
+            self.optimizer.step()
+        for p, gradient in fast:
+            p.grad = gradient
+        self._wake()
+
+    def _sum(self, p: nn.Parameter) -> Tensor:
+        assert p.grad is not None
+        kept = self._kept.get(p)
+        if kept is None:
+            return p.grad.to(state_dtype(p.grad))
+        return kept.add_(p.grad) if p.grad.layout == torch.strided else kept + p.grad
+
+    def _give_back(self, p: nn.Parameter, period: int) -> None:
+        total = self._sum(p) if p.grad is not None else self._kept.get(p)
+        self._kept.pop(p, None)
+        if total is not None:
+            p.grad = (total / period if self.error == "mean" else total).to(p.dtype)
+
+    def _check(self, p: nn.Parameter) -> None:
+        if p.grad is not None and p.grad.is_cpu and not p.grad.sum().isfinite():
+            dense = p.grad.to_dense() if p.grad.is_sparse else p.grad
+            if not dense.isfinite().all():
+                raise NotFiniteGradient(
+                    f"the gradient of {self._name(p)} is not finite: lower the learning rate or clip the gradients"
+                )
+
+    def _name(self, p: nn.Parameter) -> str:
+        for number, group in enumerate(self.param_groups):
+            for index, q in enumerate(group["params"]):
+                if q is p:
+                    names = group.get("param_names")
+                    return repr(names[index]) if names else f"parameter {index} of group {number}"
+        raise AssertionError("a period of no parameter")
+
+    def _rest(self) -> None:
+        """With ``error="last"``: parameters that the coming step does not update ask for no gradient."""
+        if self.error != "last":
+            return
+        self._wake()
+        for p in self.periods:
+            if not self.due(p) and p.requires_grad:
+                p.requires_grad_(False)
+                self._resting.append(p)
+
+    def _wake(self) -> None:
+        for p in self._resting:
+            p.requires_grad_(True)
+        self._resting.clear()
+
+    # A checkpoint in mid-chunk goes on to the same bits
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's, with the steps taken and what is kept under ``"levelwise"``."""
+        places = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        kept = {places[id(p)]: gradient for p, gradient in self._kept.items()}
+        return {**self.optimizer.state_dict(), "levelwise": {"steps": self.steps, "kept": kept}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict`.
+
+        Raises:
+            UserError: a state that another optimizer saved.
+        """
+        if "levelwise" not in state_dict:
+            raise UserError("this state was not saved by a LevelwiseOptimizer: load it into the optimizer inside")
+        own = state_dict["levelwise"]
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "levelwise"})
+        here = [p for group in self.param_groups for p in group["params"]]
+        self.steps = own["steps"]
+        self._kept = {here[int(i)]: g.to(here[int(i)].device, copy=True) for i, g in own["kept"].items()}
+        self._rest()
+
+
+def periods_of(model: nn.Module, periods: Mapping[str, int]) -> dict[nn.Parameter, int]:
+    """The period of each parameter, from names of modules or parameters of ``model``.
+
+    Args:
+        periods: steps between two updates by name, as `named_modules` and `named_parameters` have them; ``*`` stands for
+            anything (``"layers.*.mlp"``). A name covers everything below it.
+
+    Raises:
+        UserError: a name that fits nothing, a period that is not a positive integer, or a parameter under two periods.
+
+    >>> periods = periods_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {"1": 8})
+    >>> sorted(periods.values())
+    [8, 8]
+    """
+    found: dict[nn.Parameter, int] = {}
+    source: dict[nn.Parameter, str] = {}
+    modules = [name for name, _ in model.named_modules() if name]
+    for pattern, period in periods.items():
+        check_period(period, repr(pattern))
+        covered = [name for name in modules if fnmatchcase(name, pattern)]
+        matched = [
+            p
+            for name, p in model.named_parameters()
+            if fnmatchcase(name, pattern) or any(name.startswith(f"{module}.") for module in covered)
+        ]
+        if not matched:
+            raise UserError(f"no module or parameter with weights is called {pattern!r}; {_close(pattern, model)}")
+        for p in matched:
+            if found.setdefault(p, period) != period:
+                raise UserError(f"{source[p]!r} and {pattern!r} give one parameter two periods: leave one of them out")
+            source[p] = pattern
+    return found
+
+
+def check_period(period: Any, what: str) -> None:
+    """Raise `UserError` unless ``period`` is a positive integer."""
+    if type(period) is not int or period < 1:
+        raise UserError(f"the period of {what} is {period!r}: it must be a whole number of steps, 1 or more")
+
+
+def _close(pattern: str, model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+    clause = nearest(pattern, names).partition(" (allowed")[0]
+    return clause if clause.startswith("did you mean") else f"its modules are {', '.join(names[:8])}, ..."

@@ -1,0 +1,297 @@
+"""LevelwiseOptimizer: Eq. 71 under any optimizer, in a loop of one's own and inside the Trainer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from nestlearn import HopeConfig, HopeForCausalLM
+from nestlearn.errors import UserError
+from nestlearn.nn import ContinuumMemory, continuum_periods
+from nestlearn.optim import M3, DeltaMomentum, LevelwiseOptimizer, Momentum, NotFiniteGradient, matrix_groups, periods_of
+
+INNER = {
+    "sgd": lambda m: torch.optim.SGD(m.named_parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda m: torch.optim.AdamW(m.named_parameters(), lr=0.01),
+    "m3": lambda m: M3(m.named_parameters(), lr=0.02, chunk_size=2),
+    "delta": lambda m: DeltaMomentum(m.named_parameters(), lr=0.02),
+}
+
+
+def make() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batches(steps: int) -> Tensor:
+    return torch.randn(steps, 8, 4, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - x[:, :3].sin()).square().sum()
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, xs: Tensor) -> list[Tensor]:
+    for x in xs:
+        loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+PERIODS = {"2": 3, "4": 4}
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_periods_of_one_are_the_inner_optimizer_bit_for_bit(inner: str) -> None:
+    a, b = make(), make()
+    plain = run(a, INNER[inner](a), batches(7))
+    wrapped = run(b, LevelwiseOptimizer(INNER[inner](b), dict.fromkeys(b.parameters(), 1)), batches(7))
+    assert all(torch.equal(x, y) for x, y in zip(plain, wrapped, strict=True))
+
+
+@pytest.mark.parametrize("error", ["sum", "mean", "last"])
+@pytest.mark.parametrize("inner", INNER)
+def test_is_a_plain_loop_over_the_accumulated_error(inner: str, error: str) -> None:
+    """Each level by an optimizer of its own, stepped with the error of its chunk (Eq. 71)."""
+    model, plain = make(), make()
+    ours = run(model, LevelwiseOptimizer(INNER[inner](model), periods_of(model, PERIODS), error), batches(13))
+    levels = [(plain[0], 1), (plain[2], 3), (plain[4], 4)]
+    optimizers = [INNER[inner](level) for level, _ in levels]
+    sums = [[torch.zeros_like(p) for p in level.parameters()] for level, _ in levels]
+    for t, x in enumerate(batches(13), start=1):
+        gradients = iter(torch.autograd.grad(loss_of(plain, x), list(plain.parameters())))
+        for (level, period), optimizer, kept in zip(levels, optimizers, sums, strict=True):
+            for total, p in zip(kept, level.parameters(), strict=True):
+                g = next(gradients)
+                total.copy_(g if error == "last" else total + g)
+                p.grad = total / period if error == "mean" else total.clone()
+            if t % period == 0:
+                optimizer.step()
+                for total in kept:
+                    total.zero_()
+    for a, b in zip(ours, plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_resting_level_keeps_its_weights_its_momentum_and_no_gradient() -> None:
+    model = make()
+    optimizer = LevelwiseOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1), periods_of(model, {"4": 4}))
+    slow = model[4].weight
+    run(model, optimizer, batches(4))
+    before, momentum = slow.detach().clone(), copy.deepcopy(optimizer.state[slow])
+    for x in batches(3):
+        loss_of(model, x).backward()
+        optimizer.step()
+        assert slow.grad is None
+        optimizer.zero_grad()
+        assert torch.equal(slow, before)
+        assert all(torch.equal(v, momentum[k]) for k, v in optimizer.state[slow].items())
+    run(model, optimizer, batches(1))
+    assert not torch.equal(slow, before)
+
+
+def test_last_asks_for_no_gradient_between_updates() -> None:
+    model = make()
+    optimizer = LevelwiseOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), periods_of(model, {"4": 3}), "last")
+    asked = []
+    for x in batches(6):
+        asked.append(model[4].weight.requires_grad)
+        loss_of(model, x).backward()
+        assert (model[4].weight.grad is not None) == asked[-1]
+        assert model[0].weight.grad is not None  # the gradient still goes through the resting level
+        optimizer.step()
+        optimizer.zero_grad()
+    assert asked == [False, False, True] * 2
+    assert not model[4].weight.requires_grad
+    optimizer.flush()
+    assert model[4].weight.requires_grad
+
+
+def test_flush_updates_what_is_left_of_a_chunk_and_nothing_else() -> None:
+    model = make()
+    optimizer = LevelwiseOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), periods_of(model, {"4": 4}))
+    run(model, optimizer, batches(2))
+    before = [p.detach().clone() for p in model.parameters()]
+    kept = optimizer.state_dict()["levelwise"]["kept"]
+    optimizer.flush()
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert changed == [False, False, False, False, True, True]
+    torch.testing.assert_close(model[4].weight, before[4] - 0.1 * kept[4])
+    after = [p.detach().clone() for p in model.parameters()]
+    optimizer.flush()
+    assert all(torch.equal(a, b) for a, b in zip(after, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroing_gradients_leaves_what_is_kept(set_to_none: bool) -> None:
+    model = make()
+    optimizer = LevelwiseOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), periods_of(model, {"4": 2}))
+    loss_of(model, batches(1)[0]).backward()
+    gradient = model[4].weight.grad.clone()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none)
+    model.zero_grad(set_to_none)
+    assert torch.equal(optimizer.state_dict()["levelwise"]["kept"][4], gradient)
+
+
+@given(cut=st.integers(0, 11), inner=st.sampled_from(sorted(INNER)), error=st.sampled_from(["sum", "mean", "last"]))
+@settings(max_examples=20, deadline=None)
+def test_a_state_in_mid_chunk_goes_on_to_the_same_bits(cut: int, inner: str, error: str) -> None:
+    model = make()
+    optimizer = LevelwiseOptimizer(INNER[inner](model), periods_of(model, PERIODS), error)
+    run(model, optimizer, batches(12)[:cut])
+    other = make()
+    other.load_state_dict(model.state_dict())
+    resumed = LevelwiseOptimizer(INNER[inner](other), periods_of(other, PERIODS), error)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    a, b = run(model, optimizer, batches(12)[cut:]), run(other, resumed, batches(12)[cut:])
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_errors_of_half_precision_weights_are_kept_in_float32() -> None:
+    model = make().to(torch.bfloat16)
+    optimizer = LevelwiseOptimizer(Momentum(model.parameters(), lr=0.1), periods_of(model, {"4": 3}))
+    run(model, optimizer, batches(2).to(torch.bfloat16))
+    assert {g.dtype for g in optimizer.state_dict()["levelwise"]["kept"].values()} == {torch.float32}
+    run(model, optimizer, batches(1).to(torch.bfloat16))
+    assert model[4].weight.dtype == torch.bfloat16
+
+
+def test_schedulers_and_closures_work() -> None:
+    model, x = make(), batches(1)[0]
+    optimizer = LevelwiseOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), periods_of(model, {"4": 2}))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, x)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    scheduler.step()
+    assert optimizer.optimizer.param_groups[0]["lr"] == 0.5
+    assert isinstance(optimizer, torch.optim.Optimizer)
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_name_before_it_is_kept() -> None:
+    model = make()
+    optimizer = LevelwiseOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), periods_of(model, {"4": 4}))
+    loss_of(model, batches(1)[0]).backward()
+    model[4].bias.grad[1] = float("nan")
+    with pytest.raises(NotFiniteGradient, match=r"'4\.bias'"):
+        optimizer.step()
+
+
+class OneOrder(Trainer):
+    """A Trainer with our optimizer and the data in its order."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        inner = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.optimizer = LevelwiseOptimizer(inner, continuum_periods(self.model, 4 * 16), "mean")
+        return self.optimizer
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def test_inside_the_trainer_with_gradient_accumulation_is_a_plain_loop(tmp_path: Any) -> None:
+    def model() -> HopeForCausalLM:
+        torch.manual_seed(0)
+        config = HopeConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        config.intermediate_size, config.cms_chunk_sizes = 24, [16, 3 * 64]
+        return HopeForCausalLM(config)
+
+    ids = torch.randint(0, 32, (28, 16), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1, report_to=[],
+        max_grad_norm=0.0, lr_scheduler_type="constant", save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trained = model()
+    OneOrder(trained, arguments, train_dataset=data).train()
+
+    plain = model().train()
+    slow = {p for p, period in continuum_periods(plain, 64).items() if period == 3}
+    assert {name for name, p in plain.named_parameters() if p in slow} == {
+        f"model.layers.0.memory.levels.1.{part}.weight" for part in ("norm", "gate", "up", "down")
+    }
+    fast = torch.optim.AdamW([p for p in plain.parameters() if p not in slow], lr=0.01)
+    rare = torch.optim.AdamW(list(slow), lr=0.01)
+    for t, step in enumerate(ids.split(4), start=1):
+        for part in step.split(2):
+            (plain(input_ids=part, labels=part).loss / 2).backward()
+        fast.step()
+        fast.zero_grad()
+        if t % 3 == 0:
+            for p in slow:
+                p.grad /= 3
+            rare.step()
+            rare.zero_grad()
+    for a, b in zip(trained.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_works_over_matrix_groups() -> None:
+    model = ContinuumMemory(8, [4, 16])
+    optimizer = LevelwiseOptimizer(M3(matrix_groups(model), lr=0.02), continuum_periods(model, 4))
+    slow = model.levels[1].up.weight
+    before = slow.detach().clone()
+    for t in range(4):
+        model(torch.randn(1, 4, 8))[0].square().sum().backward()
+        assert torch.equal(slow, before)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(slow, before)
+
+
+def test_names_cover_what_is_below_them() -> None:
+    model = nn.ModuleDict({"a": make(), "ab": nn.Linear(2, 2)})
+    assert len(periods_of(model, {"a": 2})) == 6
+    assert len(periods_of(model, {"a.*.bias": 2, "ab": 4})) == 5
+    assert set(periods_of(model, {"a": 2, "a.0": 2}).values()) == {2}
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    assert len(periods_of(tied, {"0": 3})) == 2
+
+
+@pytest.mark.parametrize(
+    ("periods", "message"),
+    [
+        ({"5": 2}, "no module or parameter with weights is called '5'"),
+        ({"1": 2}, "no module or parameter with weights is called '1'"),
+        ({"0": 0}, "the period of '0' is 0"),
+        ({"0": 2.0}, "the period of '0' is 2.0"),
+        ({"0": True}, "the period of '0' is True"),
+        ({"0": 2, "*.weight": 3}, "'0' and '\\*.weight' give one parameter two periods"),
+    ],
+)
+def test_bad_periods_are_refused_in_one_line(periods: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        periods_of(make(), periods)
+    assert "\n" not in str(error.value)
+
+
+def test_other_mistakes_are_refused_in_one_line() -> None:
+    model = make()
+    inner = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(UserError, match="did you mean 'mean'"):
+        LevelwiseOptimizer(inner, {}, error="meen")
+    with pytest.raises(UserError, match="the optimizer does not have"):
+        LevelwiseOptimizer(inner, periods_of(model, {"4": 2}))
+    with pytest.raises(UserError, match="not saved by a LevelwiseOptimizer"):
+        LevelwiseOptimizer(inner, {}).load_state_dict(inner.state_dict())
+    with pytest.raises(UserError, match="did you mean 'layers'"):
+        periods_of(nn.ModuleDict({"layers": nn.Linear(2, 2)}), {"layer": 2})
+    with pytest.raises(UserError, match="has no ContinuumMemory"):
+        continuum_periods(model, 4)
+    with pytest.raises(UserError, match="tokens_per_step=0"):
+        continuum_periods(model, 0)
