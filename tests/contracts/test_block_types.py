@@ -27,8 +27,13 @@ BLOCKS = {
     "all": ["hope-attention", "hope", "attention"],
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "learning-levels": {"cms_online": "local", "cms_variant": "nested", "cms_objective": "l2", "cms_chunk_sizes": [2, 4]},
-    "hope-mlp-anchor": {"memory_type": "mlp", "read": "anchor", "chunk_size_other": 2, "momentum": True}
+    "learning-levels": {
+        "cms_online": "local",
+        "cms_variant": "nested",
+        "cms_objective": "l2",
+        "cms_chunk_sizes": [2, 4],
+    },
+    "hope-mlp-anchor": {"memory_type": "mlp", "read": "anchor", "chunk_size_other": 2, "momentum": True},
 }
 VOCABULARY = 48
 

@@ -1,7 +1,8 @@
-"""Levels that learn from the model's own next-token loss: against a plain loop, in pieces, and through the outer loss."""
+"""Levels that learn from the model's own next-token loss: against a plain loop, in pieces, and differentiated."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def test_pieces_of_any_size_equal_one_pass(case: str, cuts: list[int], rows: int
     with torch.no_grad():
         whole = model(tokens).logits
         bounds = [0, *sorted(set(cuts) - {0, 27}), 27]
-        pieces = [tokens[:, i:j] for i, j in zip(bounds, bounds[1:], strict=False)]
+        pieces = [tokens[:, i:j] for i, j in pairwise(bounds)]
         logits = torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
     torch.testing.assert_close(logits, whole, rtol=1e-8, atol=1e-9)
     assert cache.get_seq_length() == 27

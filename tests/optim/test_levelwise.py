@@ -15,7 +15,15 @@ from transformers import Trainer, TrainingArguments
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.errors import UserError
 from nestlearn.nn import ContinuumMemory, continuum_periods
-from nestlearn.optim import M3, DeltaMomentum, LevelwiseOptimizer, Momentum, NotFiniteGradient, matrix_groups, periods_of
+from nestlearn.optim import (
+    M3,
+    DeltaMomentum,
+    LevelwiseOptimizer,
+    Momentum,
+    NotFiniteGradient,
+    matrix_groups,
+    periods_of,
+)
 
 INNER = {
     "sgd": lambda m: torch.optim.SGD(m.named_parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -245,7 +253,7 @@ def test_works_over_matrix_groups() -> None:
     optimizer = LevelwiseOptimizer(M3(matrix_groups(model), lr=0.02), continuum_periods(model, 4))
     slow = model.levels[1].up.weight
     before = slow.detach().clone()
-    for t in range(4):
+    for _ in range(4):
         model(torch.randn(1, 4, 8))[0].square().sum().backward()
         assert torch.equal(slow, before)
         optimizer.step()

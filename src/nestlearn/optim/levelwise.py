@@ -98,7 +98,8 @@ class LevelwiseOptimizer(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(error={self.error!r}, periods={sorted(set(self.periods.values()))})\n{self.optimizer}"
+        periods = sorted(set(self.periods.values()))
+        return f"{type(self).__name__}(error={self.error!r}, periods={periods})\n{self.optimizer}"
 
     # Eq. 71
 
@@ -215,8 +216,8 @@ def periods_of(model: nn.Module, periods: Mapping[str, int]) -> dict[nn.Paramete
     """The period of each parameter, from names of modules or parameters of ``model``.
 
     Args:
-        periods: steps between two updates by name, as `named_modules` and `named_parameters` have them; ``*`` stands for
-            anything (``"layers.*.mlp"``). A name covers everything below it.
+        periods: steps between two updates by name, as `named_modules` and `named_parameters` have them; ``*`` stands
+            for anything (``"layers.*.mlp"``). A name covers everything below it.
 
     Raises:
         UserError: a name that fits nothing, a period that is not a positive integer, or a parameter under two periods.

@@ -74,9 +74,10 @@ class TrainRecipe:
     ``gradient_accumulation``: forward passes of one step. ``optimizer``: a name of
     `nestlearn.train.optimizers.build`. ``learning_rate``: its peak, in units of that optimizer (good ones for AdamW
     and Muon differ by a factor of ten). ``levelwise``: whether the levels of continuum memories are updated at their
-    own frequencies, from the mean gradient of their chunk (Eq. 71), instead of all at every step. ``warmup``: the share of the steps that rise to the peak. ``schedule``: the
-    shape after it. ``weight_decay``: decoupled, on matrices only, in units of the learning rate. ``max_grad_norm``:
-    the L2 norm at which gradients are clipped (0: never). ``log_every``, ``eval_every``, ``save_every``: in steps.
+    own frequencies, from the mean gradient of their chunk (Eq. 71), instead of all at every step. ``warmup``: the
+    share of the steps that rise to the peak. ``schedule``: the shape after it. ``weight_decay``: decoupled, on
+    matrices only, in units of the learning rate. ``max_grad_norm``: the L2 norm at which gradients are clipped
+    (0: never). ``log_every``, ``eval_every``, ``save_every``: in steps.
     ``eval_tokens`` and ``final_eval_tokens``: how much of the validation set, at most, an evaluation during
     training and the one after it read. ``precision``: ``"auto"`` is bf16 on a GPU that has it and fp32 elsewhere.
     """

@@ -99,7 +99,9 @@ def test_rows_of_unequal_length_are_rows_alone(lengths: list[int], again: list[i
             ours = torch.cat([first[b, :n], second[b, :m]])
             torch.testing.assert_close(ours, alone[0], rtol=1e-9, atol=1e-10)
             for a, w in zip(weights(state), weights(last), strict=True):
-                torch.testing.assert_close(a[b] if a.ndim == 3 else a, w[0] if w.ndim == 3 else w, rtol=1e-9, atol=1e-10)
+                torch.testing.assert_close(
+                    a[b] if a.ndim == 3 else a, w[0] if w.ndim == 3 else w, rtol=1e-9, atol=1e-10
+                )
 
 
 def test_index_select_moves_rows() -> None:

@@ -85,7 +85,8 @@ class HopeCacheLayer(CacheLayerMixin):
     @property
     def memory(self) -> ContinuumState:
         """The state of the block's continuum memory, which must be there."""
-        assert self.state is not None and self.state.memory is not None
+        assert self.state is not None
+        assert self.state.memory is not None
         return self.state.memory
 
     def give_memory(self, memory: ContinuumState) -> None:

@@ -23,7 +23,14 @@ from nestlearn.errors import UserError
 from nestlearn.models.hope.cache_hope import BlockState, HopeCacheLayer
 from nestlearn.models.hope.configuration_hope import HopeConfig
 from nestlearn.models.hope.next_token import read_and_learn
-from nestlearn.nn import CausalAttention, CausalConv, ContinuumLevel, ContinuumMemory, LevelUpdate, SelfReferentialTitans
+from nestlearn.nn import (
+    CausalAttention,
+    CausalConv,
+    ContinuumLevel,
+    ContinuumMemory,
+    LevelUpdate,
+    SelfReferentialTitans,
+)
 
 # Arguments of SelfReferentialTitans that HopeConfig has under the same name.
 TITANS_OPTIONS = ("chunk_size", "chunk_size_other", "conv_size", "objective", "read", "delta", "decay", "momentum")
@@ -279,8 +286,10 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         inputs = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
         run = self.model if not self.learns_next_token else self._read_and_learn
         outputs = run(**inputs, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        hidden = outputs.last_hidden_state
+        assert hidden is not None
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        logits = self.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
             if attention_mask is not None:

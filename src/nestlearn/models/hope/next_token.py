@@ -1,9 +1,9 @@
 """Levels that learn from the model's own next-token loss while it reads (Eq. 71).
 
-The sequence is cut wherever a level is updated. When the token after such a segment is known, so is the loss of all its
-tokens, and its gradient with respect to every level's weights is gathered; levels whose chunk has ended take their step.
-The inner gradient goes through the segment and not through what earlier segments left in the mixers' states; the outer
-one goes through everything.
+The sequence is cut wherever a level is updated. When the token after such a segment is known, so is the loss of all
+its tokens, and its gradient with respect to every level's weights is gathered; levels whose chunk has ended take
+their step. The inner gradient goes through the segment and not through what earlier segments left in the mixers'
+states; the outer one goes through everything.
 
 A segment that is not yet complete is kept, as its tokens and the state at its start, and read once more when it is: so
 text in pieces of any size gives what one pass gives.

@@ -50,7 +50,9 @@ class ContinuumLevel(nn.Module):
         self.gate = nn.Linear(dim, hidden, bias=False) if activation == "swiglu" else None
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
-        self.structure = MLPMemory(dim, dim, hidden, skip=False) if self.gate is None else SwiGLUMemory(dim, dim, hidden)
+        self.structure = (
+            MLPMemory(dim, dim, hidden, skip=False) if self.gate is None else SwiGLUMemory(dim, dim, hidden)
+        )
         self.log_rate = None if update is None else nn.Parameter(torch.zeros(()))
         self.value = nn.Parameter(torch.zeros(dim, dim)) if local else None
 
@@ -74,7 +76,8 @@ class ContinuumLevel(nn.Module):
     @property
     def rate(self) -> Tensor:
         """The learning rate of an update: the rule's ``lr`` times the learned factor."""
-        assert self.update is not None and self.log_rate is not None
+        assert self.update is not None
+        assert self.log_rate is not None
         return self.update.lr * _wide(self.log_rate).exp()
 
     def forward(self, h_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
@@ -140,7 +143,9 @@ class ContinuumLevel(nn.Module):
             k = k_BTD[:, i:j]
             error = objective.error(self.structure.read(state.weights, k), v_BTD[:, i:j])
             factors = self.structure.factors(state.weights, k, error)
-            state = self.gather(state, self._gradients(state.weights, factors, None if mask_BT is None else mask_BT[:, i:j]))
+            state = self.gather(
+                state, self._gradients(state.weights, factors, None if mask_BT is None else mask_BT[:, i:j])
+            )
             if due is not False:
                 state = self.learn(state, due, clock + j, parent)
         if lengths is None:
@@ -165,9 +170,7 @@ class ContinuumLevel(nn.Module):
         summed = tuple(a + b for a, b in zip(state.error, error, strict=True)) if state.error else error
         return replace(state, error=summed)
 
-    def learn(
-        self, state: LevelState, due: bool | Tensor, clock: Tensor, parent: ContinuumLevel | None
-    ) -> LevelState:
+    def learn(self, state: LevelState, due: bool | Tensor, clock: Tensor, parent: ContinuumLevel | None) -> LevelState:
         """The end of a chunk, in the rows that are ``due`` (Eq. 71).
 
         Nested (Eq. 72): where the parent's chunk ends too, the start of this level, a parameter of the parent, takes
@@ -179,7 +182,12 @@ class ContinuumLevel(nn.Module):
         zero = tuple(torch.zeros_like(g) for g in error)
         learned = tuple(_wide(w) for w in self.weights)
         weights, slots = self.update.step(
-            old.weights, error, old.slots or none, self.rate, learned, self.chunk_size  # type: ignore[arg-type]
+            old.weights,
+            error,
+            old.slots or none,
+            self.rate,
+            learned,
+            self.chunk_size,  # type: ignore[arg-type]
         )
         state = replace(
             state,
@@ -200,7 +208,12 @@ class ContinuumLevel(nn.Module):
             return state
         rows = True if bool(ends.all()) else ends
         start, start_slots = parent.update.step(
-            old.start, summed, old.start_slots or none, parent.rate, learned, parent.chunk_size  # type: ignore[arg-type]
+            old.start,
+            summed,
+            old.start_slots or none,
+            parent.rate,
+            learned,
+            parent.chunk_size,  # type: ignore[arg-type]
         )
         start = choose(rows, start, old.start)
         fresh = tuple(tuple(torch.zeros_like(t) for t in s) for s in state.slots)

@@ -71,7 +71,7 @@ def gradient(objective: Callable[..., Tensor], w: Weights, level: Any, key: Tens
     grads = torch.autograd.grad(objective(*alias), alias, create_graph=True)
     if level.update.rule != "dgd":
         return grads
-    w1, *into = w
+    into = w[1:]
     hidden = torch.nn.functional.silu(into[-1] @ key)
     if len(into) == 2:
         hidden = hidden * (into[0] @ key)
