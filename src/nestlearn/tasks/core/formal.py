@@ -1,0 +1,166 @@
+"""Formal languages (table 5, section 9.5): can a model keep track of a state, and for longer than it was trained?
+
+The protocol of Bhattamishra et al. 2020 and Irie et al. 2023, see `nestlearn.tasks.core.languages`: binary cross
+entropy over the set of symbols that may come next; a position is right if the whole set is, a word if every position
+is. The paper does not define its bins. Here bin 0 has the training lengths and bin 1 lengths up to twice as long:
+
+    Parity, Shuffle-2    lengths 2 to 50 (Shuffle-2 even)            51 to 100
+    (aa)*, (abab)*       multiples of 2 and of 4 up to 50            up to 100
+    a^n b^n, a^n b^n c^n n from 1 to 50                              n from 51 to 100
+
+Every batch is drawn afresh; lengths are drawn evenly. Where a language has one word of each size, training, validation
+and test of bin 0 are the same words. Nothing is chosen by bin 1.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nestlearn.errors import UserError, nearest
+from nestlearn.tasks.core.languages import LANGUAGES, Batch, Language, Word, collate, sample, test_words
+from nestlearn.tasks.core.models import Size, build
+from nestlearn.train.model import count_parameters
+from nestlearn.train.optimizers import build as build_optimizer
+
+WARMUP, DECAY = 50, 100  # steps
+WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
+CLIP = 1.0  # norm of the whole gradient
+TEST_WORDS = 500  # of each bin, where a language has many words of a size
+VALIDATION_WORDS = 300
+VALIDATION_SEED, TEST_SEED = 1, 2  # training draws from seeds of its own
+EVALUATED = 64  # words at a time
+
+
+def train_one(
+    language: str,
+    model: str,
+    lr: float,
+    seed: int,
+    *,
+    options: Mapping[str, Any] | None = None,
+    size: Mapping[str, int] | None = None,
+    steps: int = 1500,
+    batch: int = 32,
+    longest: int = 50,
+    every: int = 50,
+    patience: int = 5,
+    device: str = "cpu",
+    log: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """A cell: train a model on a language and test it on both bins.
+
+    The learning rate rises over `WARMUP` steps, stays, and falls to zero over the last `DECAY`. Once ``patience``
+    validations in a row are without an error, the fall begins at once.
+
+    Args:
+        language: a name of `LANGUAGES`.
+        model: a name of `nestlearn.tasks.core.models.MODELS`.
+        lr: of AdamW, per step.
+        seed: of the weights and the training words.
+        options: fields of `HopeConfig`, as ``{"chunk_size": 1}``.
+        size: fields of `Size`.
+        steps, batch: the most optimizer steps, words of each.
+        longest: the largest size of bin 0, in symbols (of a^n b^n and a^n b^n c^n: n).
+        every: steps between two validations.
+        patience: perfect validations before the early end; 0 always trains ``steps``.
+        device: a torch device.
+        log: gets a line at every validation.
+
+    Returns ``bin0`` and ``bin1`` (right words, percent), ``symbols0`` and ``symbols1`` (right positions, percent),
+    ``validation_error`` (wrong words, percent), ``validation_loss`` (nats per position and output), ``parameters``,
+    ``steps`` made, ``seconds`` of all of it, ``curve`` (``[step, validation loss, right words in percent]``) and
+    ``diverged``: a loss or a gradient was not finite, and there are no scores.
+
+    Raises `UserError` for unknown names and options that the model refuses.
+
+    >>> tiny = dict(size={"dim": 8, "layers": 1, "heads": 2, "intermediate": 12}, steps=2, longest=4)
+    >>> train_one("(aa)*", "hope", lr=1e-3, seed=0, **tiny)["steps"]
+    2
+    """
+    if language not in LANGUAGES:
+        raise UserError(f"unknown language '{language}'; {nearest(language, LANGUAGES)}")
+    began = time.perf_counter()
+    rules = LANGUAGES[language]
+    torch.manual_seed(seed)
+    network = build(model, len(rules.symbols), rules.outputs, Size(**(size or {})), options).to(device)
+    optimizer = build_optimizer("adamw", network, lr, WEIGHT_DECAY)
+    generator = np.random.default_rng([seed, 0])
+    validation = test_words(rules, longest, 0, VALIDATION_WORDS, VALIDATION_SEED)
+    result: dict[str, Any] = {"parameters": count_parameters(network), "curve": [], "diverged": False}
+    sizes = rules.sizes(longest, 0)
+    end, perfect = steps, 0
+
+    for step in range(1, steps + 1):
+        network.train()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(step / WARMUP, (end - step + 1) / DECAY, 1)
+        words = collate(rules, sample(rules, sizes, batch, generator))
+        loss = _losses(network, words, device)[0].mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+        if not math.isfinite(norm.item()):
+            return result | {"diverged": True, "steps": step}
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % every == 0 or step == end:
+            found = evaluate(network, rules, validation, device)
+            result["curve"].append([step, found["loss"], found["words"]])
+            if log is not None:
+                log(f"step {step} train {loss.item():.5f} validation {found['loss']:.5f} words {found['words']:.1f}%")
+            perfect = perfect + 1 if found["words"] == 100 else 0
+            if patience and perfect == patience:
+                end = min(end, step + DECAY)
+        if step == end:
+            break
+
+    found = evaluate(network, rules, validation, device)
+    result |= {"validation_error": 100 - found["words"], "validation_loss": found["loss"], "steps": end}
+    for bin in (0, 1):
+        found = evaluate(network, rules, test_words(rules, longest, bin, TEST_WORDS, TEST_SEED), device)
+        result |= {f"bin{bin}": found["words"], f"symbols{bin}": found["positions"]}
+    return result | {"seconds": time.perf_counter() - began}
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, language: Language, words: Sequence[Word], device: str = "cpu") -> dict[str, float]:
+    """``words`` and ``positions`` that are right, in percent, and ``loss`` in nats per position and output."""
+    network.eval()
+    right_words = right = positions = 0
+    total = 0.0
+    in_order = sorted(words, key=len)
+    for begin in range(0, len(words), EVALUATED):
+        batch = collate(language, in_order[begin : begin + EVALUATED])
+        losses, correct = _losses(network, batch, device)
+        right_words += wholly_right(correct.cpu().numpy(), batch.real).sum().item()
+        right += (correct.cpu().numpy() & batch.real).sum().item()
+        positions += batch.real.sum().item()
+        total += losses.sum().item()
+    return {
+        "words": 100 * right_words / len(words),
+        "positions": 100 * right / positions,
+        "loss": total / positions / language.outputs,
+    }
+
+
+def wholly_right(correct: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Which words (B,) are right at each real position, from (B, T) and (B, T).
+
+    >>> wholly_right(np.array([[True, False], [True, False]]), np.array([[True, False], [True, True]])).tolist()
+    [True, False]
+    """
+    return (correct | ~real).all(1)
+
+
+def _losses(network: nn.Module, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+    """The loss of every output at every real position (N, outputs), and which positions are right (B, T)."""
+    tokens, targets, real = (torch.from_numpy(array).to(device) for array in batch)
+    logits = network(tokens)
+    losses = nn.functional.binary_cross_entropy_with_logits(logits[real], targets[real].float(), reduction="none")
+    return losses, ((logits > 0) == targets).all(-1)
