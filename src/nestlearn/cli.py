@@ -92,8 +92,11 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run folder, or any folder of save_pretrained.")],
-    data: Annotated[str, typer.Option(help="Read this: stdlib, a file, a folder or hf:NAME.", metavar="SOURCE")],
+    model: Annotated[Path | None, typer.Argument(help="A run folder, or any folder of save_pretrained.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Read this: stdlib, a file, a folder or hf:NAME. Of a suite: its data.", metavar="SOURCE"),
+    ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens the model sees at a time. By default its training length.")
     ] = None,
@@ -101,14 +104,42 @@ def evaluate(
     carry_state: Annotated[
         bool, typer.Option("--carry-state", help="Read the text in one pass; memory stays constant (Hope blocks).")
     ] = False,
+    suite: Annotated[
+        str | None, typer.Option(help="In place of MODEL: train and measure the models of the paper: core.")
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="Of a suite: cpu, gpu, or smoke to see that everything works.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Of a suite: some of formal.", metavar="NAME,NAME")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Of a suite: its folder; it goes on where it was. By default runs/eval-SUITE.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Of a suite: runs at a time, by default 2.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity and bits per byte of a model on text.
+    """Measure a model on text, or run the paper's evaluations.
 
-    Of data with a validation split that split is read, of other data everything.
+    MODEL: perplexity and bits per byte. Of data with a validation split that split is read, of other data everything.
+
+    --suite core: finished runs are kept at once, so after Ctrl-C or a crash the same command goes on. The folder holds
+    report/report.html and report.md with every table beside the paper's, and the result of each run in cells/.
 
     Example: nestlearn eval runs/tiny-1 --data book.txt --context 512 --stride 256
     """
+    of_suite = {"--scale": scale, "--only": only, "--out": out, "--workers": workers}
+    of_model = {"MODEL": model, "--context": context, "--stride": stride, "--carry-state": carry_state or None}
+    strange = [name for name, value in (of_model if suite is not None else of_suite).items() if value is not None]
+    if suite is not None:
+        if strange:
+            raise UserError(f"{strange[0]} is not for --suite: leave one of them out")
+        _evaluate_suite(suite, scale or "cpu", data, only, out, 2 if workers is None else workers, as_json)
+        return
+    if model is None:
+        raise UserError("nothing to evaluate: give MODEL and --data, or --suite core")
+    if strange:
+        raise UserError(f"{strange[0]} is for --suite, not for a model: leave it out, or give --suite core")
+    if data is None:
+        raise UserError("Missing option '--data': give the text to read")
     from nestlearn.data import stream_documents
     from nestlearn.train.evaluate import evaluate_text
 
@@ -123,6 +154,41 @@ def evaluate(
     print(f"bits per byte  {result['bits_per_byte']:.4f}")
     print(f"read           {data} ({split}): {result['tokens']:,} tokens, {result['bytes']:,} bytes")
     print(f"protocol       {result['protocol']}")
+
+
+def _evaluate_suite(
+    suite: str, scale: str, data: str | None, only: str | None, out: Path | None, workers: int, as_json: bool
+) -> None:
+    from nestlearn.tasks import EVALUATIONS
+
+    result = _run_suite(EVALUATIONS, "eval", suite, scale, data, only, out, workers)
+    if as_json:
+        _print_json(result)
+    else:
+        print(f"report: {result['report']}\n        {result['html']}")
+
+
+def _run_suite(
+    suites: dict[str, str],
+    command: str,
+    suite: str,
+    scale: str,
+    data: str | None,
+    only: str | None,
+    out: Path | None,
+    workers: int,
+) -> dict[str, Any]:
+    """What the module of a suite makes of the options."""
+    if suite not in suites:
+        raise UserError(f"unknown suite '{suite}'; {nearest(suite, suites)}")
+    names = [] if only is None else [name.strip() for name in only.split(",")]
+    folder = data or os.environ.get("NESTLEARN_DATA") or None
+    usual = Path("runs") / "-".join([command, suite, *([] if scale == "cpu" else [scale])])
+    try:
+        return import_module(suites[suite]).run(names, scale, folder, out or usual, workers)
+    except KeyboardInterrupt as stop:  # without a message while the imports go on
+        print(str(stop) or "interrupted", file=sys.stderr)
+        raise SystemExit(130) from stop
 
 
 @app.command()
@@ -193,16 +259,7 @@ def bench(
     """
     from nestlearn.tasks import SUITES
 
-    if suite not in SUITES:
-        raise UserError(f"unknown suite '{suite}'; {nearest(suite, SUITES)}")
-    names = [] if only is None else [name.strip() for name in only.split(",")]
-    folder = data or os.environ.get("NESTLEARN_DATA") or None
-    usual = Path("runs") / "-".join(["bench", suite, *([] if scale == "cpu" else [scale])])
-    try:
-        result = import_module(SUITES[suite]).run(names, scale, folder, out or usual, workers)
-    except KeyboardInterrupt as stop:  # without a message while the imports go on
-        print(str(stop) or "interrupted", file=sys.stderr)
-        raise SystemExit(130) from stop
+    result = _run_suite(SUITES, "bench", suite, scale, data, only, out, workers)
     if as_json:
         _print_json(result)
     else:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -43,11 +45,14 @@ class Cell:
     arguments: Mapping[str, Any]
 
 
-def run_cells(cells: Sequence[Cell], folder: Path, workers: int = 1, label: str = "cells") -> dict[str, Result]:
+def run_cells(
+    cells: Sequence[Cell], folder: Path, workers: int = 1, label: str = "cells", later: int = 0
+) -> dict[str, Result]:
     """The result of every cell by name; those without a file ``folder/cells/NAME.json`` are run first.
 
     With more than one worker each cell runs in a process of its own with one thread, otherwise here. A function that
-    raises `NotFiniteGradient` gives ``{"diverged": true}``. Numbers that are not finite become null.
+    raises `NotFiniteGradient` gives ``{"diverged": true}``. Numbers that are not finite become null. The bar counts
+    ``later`` cells in, which are to come in another call.
 
     Raises:
         UserError: a finished cell has other arguments than now, its file is damaged, or a process was killed.
@@ -60,10 +65,10 @@ def run_cells(cells: Sequence[Cell], folder: Path, workers: int = 1, label: str 
     """
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names), "two cells of one name"
-    results = {cell.name: _finished(cell, folder) for cell in cells if _path(cell, folder).exists()}
+    results = {name: record["result"] for name, record in finished_cells(cells, folder).items()}
     waiting = [cell for cell in cells if cell.name not in results]
     run = _run_here(waiting, folder) if workers == 1 else _run_beside(waiting, folder, workers)
-    with tqdm(total=len(cells), initial=len(results), desc=label, unit="cell", disable=not waiting) as bar:
+    with tqdm(total=len(cells) + later, initial=len(results), desc=label, unit="cell", disable=not waiting) as bar:
         try:
             with contextlib.closing(run):
                 for name, result in run:
@@ -73,6 +78,14 @@ def run_cells(cells: Sequence[Cell], folder: Path, workers: int = 1, label: str 
             kept = f"{len(results)} of {len(cells)} cells of {label} are finished and kept in {folder}"
             raise KeyboardInterrupt(f"interrupted: {kept}; the same command goes on") from stop
     return {name: results[name] for name in names}
+
+
+def finished_cells(cells: Sequence[Cell], folder: Path) -> dict[str, dict[str, Any]]:
+    """What is kept of those cells that are finished, by name: ``result``, ``seconds`` and ``commit``.
+
+    Raises `UserError` like `run_cells`.
+    """
+    return {cell.name: _finished(cell, folder) for cell in cells if _path(cell, folder).exists()}
 
 
 def diverged(result: Result, key: str) -> bool:
@@ -94,8 +107,8 @@ def _description(cell: Cell) -> dict[str, Any]:
     return {"function": function, "arguments": json.loads(json.dumps(dict(cell.arguments), allow_nan=False))}
 
 
-def _finished(cell: Cell, folder: Path) -> Result:
-    """The result in the cell's file, if it is of this very cell."""
+def _finished(cell: Cell, folder: Path) -> dict[str, Any]:
+    """The cell's file, if it is of this very cell."""
     path = _path(cell, folder)
     found = read_json(path, "delete it, and that cell is run again")
     now = _description(cell)
@@ -105,11 +118,28 @@ def _finished(cell: Cell, folder: Path) -> Result:
             raise UserError(f"{path} was made with {key}={place.get(key)!r}, now {key}={value!r}: give another folder")
     if not isinstance(found.get("result"), dict) or set(found["arguments"]) != set(now["arguments"]):
         raise UserError(f"{path} is of another version of this experiment: give another folder")
-    return found["result"]
+    return found
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of this package's code, with ``-dirty`` after changes; ``None`` outside a repository of its own.
+
+    Asked once a process, before its first cell: code that is edited later is not what runs.
+    """
+    here = Path(__file__).parent
+    words = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        tracked = subprocess.run([*words[:3], "ls-files", "--error-unmatch", __file__], capture_output=True)
+        found = subprocess.run(words, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return found.stdout.strip() or None if tracked.returncode == 0 else None
 
 
 def _finish(cell: Cell, folder: Path) -> tuple[str, Result]:
     """Run a cell and write its file. The process that computes it writes it, so that it outlives its parent."""
+    code = commit()
     begin = time.perf_counter()
     try:
         result = _finite(cell.function(**cell.arguments))
@@ -121,7 +151,7 @@ def _finish(cell: Cell, folder: Path) -> tuple[str, Result]:
         result = {"diverged": True}
     result = json.loads(json.dumps(result, allow_nan=False))  # fresh and read again are one
     seconds = round(time.perf_counter() - begin, 3)
-    write_json(_path(cell, folder), {**_description(cell), "seconds": seconds, "result": result})
+    write_json(_path(cell, folder), {**_description(cell), "commit": code, "seconds": seconds, "result": result})
     return cell.name, result
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,39 @@ from torch import Tensor, nn
 
 from nestlearn.errors import UserError, nearest
 from nestlearn.tasks.core.languages import LANGUAGES, Batch, Language, Word, collate, sample, test_words
-from nestlearn.tasks.core.models import Size, build
+from nestlearn.tasks.core.models import Size, build, missing
+from nestlearn.tasks.core.paper import TABLE_5, TABLE_5_LANGUAGES
+from nestlearn.tasks.core.plan import Plan, Row
+from nestlearn.tasks.core.report import base, differences, measured, order_section
+from nestlearn.tasks.layout import PALETTE, new_figure, save_figure, table
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
+
+TITLE = "Formal languages (table 5, section 9.5)"
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lstm": ("lstm", {}),
+    "transformer": ("transformer", {}),
+    "transformer+conv": ("transformer+conv", {}),
+    "linear": ("linear", {}),
+    "deltanet": ("deltanet", {}),
+    "gated-deltanet": ("gated-deltanet", {}),
+    "titans": ("titans", {}),
+    "srwm": ("srwm", {}),
+    "hope, chunk 1": ("hope", {"chunk_size": 1}),
+    "hope, chunk 4": ("hope", {"chunk_size": 4}),
+    "hope, chunk 16": ("hope", {"chunk_size": 16}),
+}
+SIZE = {"dim": 64, "layers": 2, "heads": 4, "intermediate": 192}
+TINY = {"dim": 16, "layers": 1, "heads": 2, "intermediate": 24}
+RECIPES: dict[str, dict[str, Any]] = {
+    "smoke": dict(size=TINY, steps=10, batch=8, longest=8, every=5, patience=0, device="cpu"),
+    "cpu": dict(size=SIZE, steps=1500, batch=32, longest=50, every=50, patience=5, device="cpu"),
+    "gpu": dict(size=SIZE | {"dim": 128, "intermediate": 384}, steps=5000, batch=128, longest=50, every=50, patience=5)
+    | {"device": "cuda"},
+}
+RATES = {"smoke": (3e-3,), "cpu": (1e-3, 3e-3, 1e-2), "gpu": (1e-3, 3e-3, 1e-2)}
+SEEDS = {"smoke": (0,), "cpu": (0, 1, 2, 3, 4), "gpu": (0, 1, 2, 3, 4)}
+CRITERION = ("validation_error", "validation_loss")
 
 WARMUP, DECAY = 50, 100  # steps
 WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
@@ -36,6 +67,70 @@ TEST_WORDS = 500  # of each bin, where a language has many words of a size
 VALIDATION_WORDS = 300
 VALIDATION_SEED, TEST_SEED = 1, 2  # training draws from seeds of its own
 EVALUATED = 64  # words at a time
+
+
+def plan(scale: str, data: str | None) -> Plan:
+    """Every model of `ROWS` on every language; no data is needed."""
+    rows = [
+        Row(language, row, {"language": language, "model": model, "options": options}, missing(model))
+        for language in TABLE_5_LANGUAGES
+        for row, (model, options) in ROWS.items()
+    ]
+    return Plan("formal", train_one, RECIPES[scale], rows, RATES[scale], SEEDS[scale], CRITERION)
+
+
+def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
+    """Table 5 with both bins, what differs in order, and every seed as a point."""
+    rows = []
+    for name in ROWS:
+        papers = dict(zip(TABLE_5_LANGUAGES, TABLE_5.get(base(name), ()), strict=False))
+        cells = [
+            measured(found.get(language, {}).get(name), ["bin0", "bin1"], papers.get(language))
+            for language in TABLE_5_LANGUAGES
+        ]
+        rows.append([name, *cells])
+    sentences = []
+    for place, language in enumerate(TABLE_5_LANGUAGES):
+        for bin, words in ((0, "training lengths"), (1, "longer words")):
+            papers = {model: values[place][bin] for model, values in TABLE_5.items()}
+            sentences.append(differences(found.get(language, {}), f"bin{bin}", papers, f"{language}, {words}"))
+    figure = draw(found, folder / "formal.png")
+    return "\n".join(
+        [
+            "Words that are right at every position, in percent: training lengths / up to twice as long. A word counts "
+            "only if the whole set of next symbols is right after each of its symbols (Parity: the parity). "
+            "transformer+conv is the transformer behind Hope's short convolution. Neither training nor the choice of "
+            "the learning rate sees longer words.\n",
+            table(["model", *TABLE_5_LANGUAGES], rows),
+            order_section(sentences),
+            f"![Right words of every seed by model and language]({figure.name})\n",
+        ]
+    )
+
+
+def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+    """A panel a language, a line a model, a point a seed: full on training lengths, open on longer words."""
+    figure = new_figure(11, 7.5)
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    names = list(ROWS)[::-1]
+    for axes, language in zip(panels.flat, TABLE_5_LANGUAGES, strict=True):
+        for place, name in enumerate(names):
+            runs = [run for run in found.get(language, {}).get(name, {}).get("runs", []) if run.get("bin0") is not None]
+            colour = PALETTE[0] if base(name) == "hope" else PALETTE[1]
+            for bin, shift, fill in ((0, 0.15, colour), (1, -0.15, "white")):
+                scores = [run[f"bin{bin}"] for run in runs]
+                places = [place + shift] * len(scores)
+                axes.plot(scores, places, "o", color=colour, markerfacecolor=fill, markersize=6, clip_on=False)
+        axes.set_title(language, fontsize=11)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(
+        "right words (percent): full on training lengths, open on longer words; a point a seed", fontsize=10
+    )
+    return save_figure(figure, path)
 
 
 def train_one(
@@ -155,7 +250,7 @@ def wholly_right(correct: np.ndarray, real: np.ndarray) -> np.ndarray:
     >>> wholly_right(np.array([[True, False], [True, False]]), np.array([[True, False], [True, True]])).tolist()
     [True, False]
     """
-    return (correct | ~real).all(1)
+    return np.all(correct | ~real, axis=1)
 
 
 def _losses(network: nn.Module, batch: Batch, device: str) -> tuple[Tensor, Tensor]:

@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nestlearn.files import write_atomic
+from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure
 from nestlearn.tasks.optim import DATASETS, MODEL_OPTIMIZERS, curvature
 from nestlearn.tasks.optim.orthogonal_tasks import OPTIMIZERS, SETTINGS, TRACE
 from nestlearn.tasks.optim.step_time import PARTS
-from nestlearn.train.curves import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-PALETTE = (*COLOURS, "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vP*"
 STYLES = ("-", "-", "--", "-", "-", "-", "--")  # delta momentum often lies on momentum
 
@@ -27,7 +24,7 @@ STYLES = ("-", "-", "--", "-", "-", "-", "--")  # delta momentum often lies on m
 def draw_curvature(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     """The shortest path of each method on the contour lines of psi, on the first landscape."""
     name, methods = next(in_order(result["landscapes"], curvature.LANDSCAPES))
-    figure = _figure(9, 7.6)
+    figure = new_figure(9, 7.6)
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     points = np.array([curvature.START, *(point for found in methods.values() for point in found.get("path", []))])
     low, high = np.clip(points.min(0) - 0.6, -10, -2), np.clip(points.max(0) + 0.6, 2, 10)
@@ -52,14 +49,14 @@ def draw_curvature(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     figure.supxlabel("r")
     figure.supylabel("theta")
     figure.suptitle(f"Eq. 53 with k={k:g}, a={a:g}, omega={omega:g}: from the dot to the star", fontsize=12)
-    return [_save(figure, folder / "curvature.png")]
+    return [save_figure(figure, folder / "curvature.png")]
 
 
 def draw_orthogonal(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     """The first task's loss as later tasks are learned, and how long the momentum keeps the first task's direction."""
     settings = result["settings"]
     columns = min(2, len(settings))
-    figure = _figure(5.2 * columns, 4.1 * math.ceil(len(settings) / columns) + 0.7)
+    figure = new_figure(5.2 * columns, 4.1 * math.ceil(len(settings) / columns) + 0.7)
     panels = figure.subplots(math.ceil(len(settings) / columns), columns, squeeze=False, sharex=True)
     for axes, (setting, optimizers) in zip(panels.flat, in_order(settings, SETTINGS), strict=False):
         for index, (name, found) in enumerate(in_order(optimizers, OPTIMIZERS)):
@@ -75,11 +72,11 @@ def draw_orthogonal(folder: Path, result: Mapping[str, Any]) -> list[Path]:
         axes.set_xlabel("tasks learned so far")
     for axes in panels[:, 0]:
         axes.set_ylabel("relative loss of the first task")
-    _legend(figure, panels.flat[0])
-    drawn = [_save(figure, folder / "orthogonal.png")]
+    legend_below(figure, panels.flat[0])
+    drawn = [save_figure(figure, folder / "orthogonal.png")]
 
     setting = "rotated" if "rotated" in settings else next(iter(settings))
-    figure = _figure(8, 4.6)
+    figure = new_figure(8, 4.6)
     axes = figure.add_subplot()
     for index, (name, found) in enumerate(in_order(settings[setting], OPTIMIZERS)):
         traces = [run["memory"] for run in found["runs"] if not run["diverged"] and run["memory"]]
@@ -96,15 +93,15 @@ def draw_orthogonal(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     axes.set_title(f"The momentum's share of the first task, setting {setting}", fontsize=11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _legend(figure, axes)
-    return [*drawn, _save(figure, folder / "orthogonal-memory.png")]
+    legend_below(figure, axes)
+    return [*drawn, save_figure(figure, folder / "orthogonal-memory.png")]
 
 
 def draw_models(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     """For each data set: training loss over steps, and the test loss of every seed."""
     drawn = []
     for setting, optimizers in in_order(result["settings"], DATASETS):
-        figure = _figure(10, 4.6)
+        figure = new_figure(10, 4.6)
         curves, ends = figure.subplots(1, 2, width_ratios=(1.6, 1))
         late: list[float] = []
         shown: list[str] = []
@@ -134,14 +131,14 @@ def draw_models(folder: Path, result: Mapping[str, Any]) -> list[Path]:
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(setting, fontsize=12)
-        _legend(figure, curves)
-        drawn.append(_save(figure, folder / f"models-{setting}.png"))
+        legend_below(figure, curves)
+        drawn.append(save_figure(figure, folder / f"models-{setting}.png"))
     return drawn
 
 
 def draw_step_time(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     """Seconds of a step of every candidate, with the range over the rounds."""
-    figure = _figure(11, 5.4)
+    figure = new_figure(11, 5.4)
     panels = figure.subplots(1, len(result), squeeze=False)
     titles = {"hidden": "hidden matrices", "all": "all parameters"}
     for axes, (part, measured) in zip(panels.flat, in_order(result, PARTS), strict=True):
@@ -161,7 +158,7 @@ def draw_step_time(folder: Path, result: Mapping[str, Any]) -> list[Path]:
         axes.set_axisbelow(True)
     figure.supxlabel("seconds per step, log scale (black line: fastest to slowest round)", fontsize=10)
     figure.suptitle("grey: torch, blue: nestlearn", fontsize=10)
-    return [_save(figure, folder / "step-time.png")]
+    return [save_figure(figure, folder / "step-time.png")]
 
 
 def in_order(table: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -174,15 +171,6 @@ def in_order(table: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[s
     return ((name, table[name]) for name in [*order, *(name for name in table if name not in order)])
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _band(
     axes: Axes, x: Sequence[float], rows: Sequence[Sequence[float]], index: int, label: str, marker: bool = False
 ) -> None:
@@ -192,18 +180,6 @@ def _band(
     style = {"color": PALETTE[index], "linestyle": STYLES[index], "marker": shape}
     axes.plot(x, values.mean(0), linewidth=1.6, markersize=4, label=label, **style)
     axes.fill_between(x, values.min(0), values.max(0), color=PALETTE[index], alpha=0.15, linewidth=0)
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the panels, never over the data."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    write_atomic(path, lambda beside: figure.savefig(beside, format="png"))
-    return path
 
 
 DRAW: dict[str, Callable[[Path, Mapping[str, Any]], list[Path]]] = {

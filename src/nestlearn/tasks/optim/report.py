@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nestlearn.files import read_json, write_atomic
+from nestlearn.tasks.layout import table
 from nestlearn.tasks.optim import DATASETS, EXPERIMENTS, MODEL_OPTIMIZERS, curvature, figures, orthogonal_tasks
 from nestlearn.tasks.optim.figures import in_order
-
-Row = Sequence[str]
 
 TITLES = {
     "curvature": "Quickly changing curvature (Figure 4, Eq. 53)",
@@ -50,19 +49,6 @@ def write(folder: Path) -> Path:
     text = "\n".join(parts)
     write_atomic(folder / "report.md", lambda beside: beside.write_text(text, encoding="utf-8"))
     return folder / "report.md"
-
-
-def table(header: Row, rows: Sequence[Row]) -> str:
-    """A Markdown table; all but the first column to the right.
-
-    >>> print(table(["name", "loss"], [["m3", "0.5"]]), end="")
-    | name | loss |
-    |---|---:|
-    | m3 | 0.5 |
-    """
-    marks = "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"
-    lines = ["| " + " | ".join(header) + " |", marks, *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n".join(lines) + "\n"
 
 
 def with_spread(summary: Mapping[str, Any], key: str, form: str = ".3g") -> str:
