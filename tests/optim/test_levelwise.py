@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.errors import UserError
 from nestlearn.nn import ContinuumMemory, continuum_periods
 from nestlearn.optim import (
+    DGD,
     M3,
     DeltaMomentum,
     LevelwiseOptimizer,
@@ -295,11 +297,67 @@ def test_other_mistakes_are_refused_in_one_line() -> None:
         LevelwiseOptimizer(inner, {}, error="meen")
     with pytest.raises(UserError, match="the optimizer does not have"):
         LevelwiseOptimizer(inner, periods_of(model, {"4": 2}))
-    with pytest.raises(UserError, match="not saved by a LevelwiseOptimizer"):
+    with pytest.raises(UserError, match="no steps and kept gradients of a LevelwiseOptimizer"):
         LevelwiseOptimizer(inner, {}).load_state_dict(inner.state_dict())
+    with pytest.raises(UserError, match="LBFGS evaluates the loss itself"):
+        LevelwiseOptimizer(torch.optim.LBFGS(model.parameters()), {})
+    with pytest.raises(UserError, match=r"DGD reads the inputs of its layers.*use error='last'"):
+        LevelwiseOptimizer(DGD(model), periods_of(model, {"4": 2}))
     with pytest.raises(UserError, match="did you mean 'layers'"):
         periods_of(nn.ModuleDict({"layers": nn.Linear(2, 2)}), {"layer": 2})
     with pytest.raises(UserError, match="has no ContinuumMemory"):
         continuum_periods(model, 4)
     with pytest.raises(UserError, match="tokens_per_step=0"):
         continuum_periods(model, 0)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])  # noqa: S301
+@pytest.mark.parametrize("error", ["sum", "last"])
+def test_a_copy_in_mid_chunk_goes_on_to_the_same_bits(how: Any, error: str) -> None:
+    model, xs = make(), batches(11)
+    optimizer = LevelwiseOptimizer(INNER["m3"](model), periods_of(model, PERIODS), error=error)
+    seen: list[int] = []
+    run(model, optimizer, xs[:5])
+    twin, copied = how((model, optimizer))
+    optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    for a, b in zip(run(model, optimizer, xs[5:]), run(twin, copied, xs[5:]), strict=True):
+        assert torch.equal(a, b)
+    assert len(seen) == 6  # hooks run once a step; torch's own copying wraps step once more
+
+
+def test_a_gradient_that_lies_in_a_shared_buffer_is_kept_whole() -> None:
+    """As the gradient buckets of DistributedDataParallel, which the next backward pass writes again."""
+    fast, slow, bucket = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2)), torch.zeros(4)
+    optimizer = LevelwiseOptimizer(torch.optim.SGD([fast, slow], lr=1.0), {slow: 3})
+    for k in (1.0, 2.0, 3.0):
+        bucket.fill_(k)
+        fast.grad, slow.grad = bucket[:2], bucket[2:]
+        optimizer.step()
+        assert bucket.eq(k).all()
+        optimizer.zero_grad()
+    assert fast.tolist() == slow.tolist() == [-6.0, -6.0]
+
+
+def test_complex_parameters_keep_their_imaginary_part() -> None:
+    w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    optimizer = LevelwiseOptimizer(torch.optim.SGD([w], lr=1.0), {w: 2})
+    for _ in range(2):
+        w.grad = torch.full((2,), 1 + 2j)
+        optimizer.step()
+    assert w.tolist() == [-2 - 4j] * 2
+
+
+def test_dgd_at_the_frequency_of_a_level_erases_along_the_last_inputs() -> None:
+    torch.manual_seed(0)
+    model, xs = nn.Sequential(nn.Linear(4, 3, bias=False)).double(), torch.randn(3, 8, 4).double()
+    start = model[0].weight.detach().clone()
+    optimizer = LevelwiseOptimizer(DGD(model, lr=0.1, mode="explicit"), periods_of(model, {"0": 3}), error="last")
+    for x in xs:
+        loss = (model(x) ** 3).mean()
+        if loss.requires_grad:
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    w, x = start.clone().requires_grad_(), xs[-1]
+    (gradient,) = torch.autograd.grad(((x @ w.mT) ** 3).mean(), w)
+    torch.testing.assert_close(model[0].weight.detach(), start - 0.1 * (gradient + start @ x.mT @ x / 8))

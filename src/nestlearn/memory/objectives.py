@@ -8,9 +8,12 @@ Shapes: ``y`` and ``v`` are (..., d); values are (...), errors (..., d).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from nestlearn.errors import UserError, nearest
@@ -25,18 +28,40 @@ class Objective:
     error: Callable[[Tensor, Tensor], Tensor]
 
 
-dot_product = Objective(
-    "dot",
-    value=lambda y, v: -(y * v).sum(-1),
-    error=lambda y, v: (-v).expand_as(y),
-)
+# Functions with names, and not lambdas, so that what holds an objective can be pickled.
+
+
+def _dot_value(y: Tensor, v: Tensor) -> Tensor:
+    return -(y * v).sum(-1)
+
+
+def _dot_error(y: Tensor, v: Tensor) -> Tensor:
+    return (-v).expand_as(y)
+
+
+def _l2_value(y: Tensor, v: Tensor) -> Tensor:
+    return 0.5 * (y - v).square().sum(-1)
+
+
+def _l2_error(y: Tensor, v: Tensor) -> Tensor:
+    return y - v
+
+
+def _lp_value(y: Tensor, v: Tensor, p: float) -> Tensor:
+    return (y - v).abs().pow(p).sum(-1) / p
+
+
+def _lp_error(y: Tensor, v: Tensor, p: float) -> Tensor:
+    size = (y - v).abs()
+    # At zero, pow has no derivative for p < 2: the outer gradient would be NaN where a memory is exact.
+    power = torch.where(size > 0, size, 1.0).pow(p - 1)
+    return torch.where(size > 0, (y - v).sign() * power, 0.0)
+
+
+dot_product = Objective("dot", _dot_value, _dot_error)
 """Dot-product similarity, the objective of Hebbian memories (Eq. 14, 64, 92): ``-<y, v>``."""
 
-l2 = Objective(
-    "l2",
-    value=lambda y, v: 0.5 * (y - v).square().sum(-1),
-    error=lambda y, v: y - v,
-)
+l2 = Objective("l2", _l2_value, _l2_error)
 """Regression (Eq. 65, 88, 93) as ``1/2 ||y - v||^2``: the paper's factor 2 is absorbed in the step size."""
 
 
@@ -52,22 +77,24 @@ def lp(p: float) -> Objective:
     """
     if p < 1:
         raise UserError(f"the Lp objective needs p >= 1, got p={p}: choose 1 (robust) or more")
-    return Objective(
-        f"l{p:g}",
-        value=lambda y, v: (y - v).abs().pow(p).sum(-1) / p,
-        error=lambda y, v: (y - v).sign() * (y - v).abs().pow(p - 1),
-    )
+    return Objective(f"l{p:g}", partial(_lp_value, p=p), partial(_lp_error, p=p))
 
 
 BY_NAME = {"dot": dot_product, "l2": l2}
+POWER = re.compile(r"l(\d+(?:\.\d+)?)")
 
 
 def get(name: str) -> Objective:
-    """The objective called ``name`` (``"dot"`` or ``"l2"``).
+    """The objective called ``name``: ``"dot"``, ``"l2"``, or ``"l"`` and a power, such as ``"l3"`` or ``"l1.5"``.
 
     Raises:
-        UserError: no objective has that name.
+        UserError: no objective has that name, or the power is below 1.
+
+    >>> get("l1.5").name
+    'l1.5'
     """
-    if name not in BY_NAME:
-        raise UserError(f"unknown objective {name!r}: {nearest(name, BY_NAME)}")
-    return BY_NAME[name]
+    if name in BY_NAME:
+        return BY_NAME[name]
+    if power := POWER.fullmatch(str(name)):
+        return lp(float(power[1]))
+    raise UserError(f"unknown objective {name!r}: {nearest(name, BY_NAME)}, or l and a power of at least 1, as in l3")

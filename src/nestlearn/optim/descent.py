@@ -62,7 +62,9 @@ class DGD(LayerOptimizer):
         self, model: nn.Module, lr: float = 0.01, *, mode: str = "implicit", weight_decay: float = 0.0
     ) -> None:
         super().__init__(model, dict(lr=lr, mode=mode, weight_decay=weight_decay))
-        self._inputs = self._grams = Grams(model)
+
+    def _watch(self, model: nn.Module) -> Grams:
+        return Grams(model)
 
     def _check(self, group: dict[str, Any]) -> None:
         if group["mode"] not in MODES:
@@ -72,14 +74,15 @@ class DGD(LayerOptimizer):
         return {}
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], memories: list[State]) -> None:
-        lr, implicit = float(group["lr"]), group["mode"] == "implicit"
+        lr, implicit, grams = float(group["lr"]), group["mode"] == "implicit", self._inputs
+        assert isinstance(grams, Grams)
         rest: list[tuple[Tensor, Tensor]] = []
         for p, g in zip(params, grads, strict=True):
-            moment = self._grams.mean(p)
+            moment = grams.mean(p)
             if moment is None:
                 rest.append((p, g))
                 continue
-            groups = self._grams.kinds[p][1]
+            groups = grams.kinds[p][1]
             w, g = grouped(p.to(g.dtype), groups), grouped(g, groups)
             if moment.ndim == 1:  # one-hot keys: every row of the table on its own
                 kept = moment[:, None] * lr
@@ -137,7 +140,9 @@ class GGD(LayerOptimizer):
         self._objective = objectives.get(objective) if isinstance(objective, str) else objective
         self._value = value
         super().__init__(model, dict(lr=lr, steps=steps, weight_decay=weight_decay))
-        self._inputs = self._pairs = Pairs(model)
+
+    def _watch(self, model: nn.Module) -> Pairs:
+        return Pairs(model)
 
     def _check(self, group: dict[str, Any]) -> None:
         if not (isinstance(group["steps"], int) and group["steps"] >= 1):
@@ -147,10 +152,11 @@ class GGD(LayerOptimizer):
         return {}
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], memories: list[State]) -> None:
-        lr = float(group["lr"])
+        lr, pairs = float(group["lr"]), self._inputs
+        assert isinstance(pairs, Pairs)
         rest: list[tuple[Tensor, Tensor]] = []
         for p, g in zip(params, grads, strict=True):
-            samples = Samples(self._pairs, p, g)
+            samples = Samples(pairs, p, g)
             if not samples.rows:
                 rest.append((p, g))
                 continue

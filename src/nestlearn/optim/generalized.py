@@ -60,10 +60,13 @@ class GeneralizedMomentum(LayerOptimizer):
     ) -> None:
         self._objective = objectives.get(objective) if isinstance(objective, str) else objective
         super().__init__(model, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        if self._objective is objectives.l2:
-            self._inputs = Grams(model)
-        elif self._objective is not objectives.dot_product:  # which needs nothing but the gradient
-            self._inputs = Pairs(model)
+
+    def _watch(self, model: nn.Module) -> Grams | Pairs | None:
+        if self._objective == objectives.l2:
+            return Grams(model)
+        if self._objective == objectives.dot_product:  # needs nothing but the gradient
+            return None
+        return Pairs(model)
 
     def _check(self, group: dict[str, Any]) -> None:
         check_all(self, group, [("momentum", 0.0, 1.0)])

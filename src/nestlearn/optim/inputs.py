@@ -302,7 +302,7 @@ class LayerOptimizer(MemoryOptimizer):
     under ``torch.no_grad()``. Under `torch.distributed` the rows of all processes count, as for gradients (DDP).
     """
 
-    _inputs: Inputs | None = None  # what watches the model: the subclass says
+    _inputs: Inputs | None = None
 
     def __init__(self, model: nn.Module, defaults: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -311,6 +311,29 @@ class LayerOptimizer(MemoryOptimizer):
         if any(hasattr(p, "full_tensor") for p in model.parameters()):
             raise UserError(f"{name} got sharded parameters (DTensor): use it without FSDP, or with DDP")
         super().__init__(model.named_parameters(), defaults)
+        self._model, self._inputs = model, self._watch(model)
+
+    def _watch(self, model: nn.Module) -> Inputs | None:
+        """What watches the layers of the model; None if nothing needs to."""
+        raise NotImplementedError
+
+    @property
+    def watches(self) -> bool:
+        """Whether it reads what the layers of its model read."""
+        return self._inputs is not None and self._inputs.close.alive
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only groups and state. A copy made together with its model watches the copied one.
+        own = {name: value for name, value in self.__dict__.items() if name in ("_model", "_objective", "_value")}
+        return {**super().__getstate__(), **own, "_watching": self.watches}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        watching = state.pop("_watching", None)
+        super().__setstate__(state)
+        if watching is not None:  # torch comes here with every load_state_dict too
+            self._inputs = self._watch(self._model)
+            if not watching:
+                self.close()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestlearn.errors import UserError, nearest
-from nestlearn.optim.base import NotFiniteGradient, state_dtype
+from nestlearn.optim.base import NotFiniteGradient
+from nestlearn.optim.inputs import LayerOptimizer
 
 ERRORS = ("sum", "mean", "last")
 
@@ -36,7 +38,9 @@ class LevelwiseOptimizer(Optimizer):
             wrappers that fix the set of gradients, as DistributedDataParallel does.
 
     Raises:
-        UserError: an unknown error, a period that is not a positive integer, or of a parameter of no group.
+        UserError: an unknown error, a period that is not a positive integer, or of a parameter of no group; an inner
+            optimizer that evaluates the loss itself (LBFGS); or, but for "last", one that reads its layers' inputs
+            (DGD, GGD), which are not kept between updates.
         NotFiniteGradient: a gradient that is to be kept is infinite or NaN, by name (on a CPU; on an accelerator the
             inner optimizer meets it at the update).
 
@@ -62,10 +66,29 @@ class LevelwiseOptimizer(Optimizer):
                 )
         self.optimizer, self.error = optimizer, error
         self.periods = {p: period for p, period in periods.items() if period > 1}
+        self._check_inner(type(optimizer).__name__)
         self.steps = 0
         self._kept: dict[nn.Parameter, Tensor] = {}
         self._resting: list[nn.Parameter] = []
         self._rest()
+
+    def _check_inner(self, name: str) -> None:
+        closure = signature(self.optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is Parameter.empty:
+            raise UserError(f"{name} evaluates the loss itself, so its steps have no gradients to gather: use another")
+        reads = isinstance(self.optimizer, LayerOptimizer) and self.optimizer.watches
+        if reads and self.periods and self.error != "last":
+            raise UserError(
+                f"{name} reads the inputs of its layers, which are not kept for a level that rests: use error='last'"
+            )
+
+    # A copy made together with the model, and pickling: not torch's own, which would leave everything here out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     # What is the inner optimizer's
 
@@ -123,7 +146,6 @@ class LevelwiseOptimizer(Optimizer):
             if self.due(p):
                 self._give_back(p, period)
             elif p.grad is not None:
-                # The gradient itself is kept, by reference: whoever zeroes gradients no longer sees it.
                 p.grad, self._kept[p] = None, self._sum(p)
         self.optimizer.step()
         self.steps += 1
@@ -147,8 +169,8 @@ class LevelwiseOptimizer(Optimizer):
     def _sum(self, p: nn.Parameter) -> Tensor:
         assert p.grad is not None
         kept = self._kept.get(p)
-        if kept is None:
-            return p.grad.to(state_dtype(p.grad))
+        if kept is None:  # a copy: the gradient may lie in a bucket of DistributedDataParallel that is written again
+            return p.grad.to(torch.promote_types(p.grad.dtype, torch.float32), copy=True)
         return kept.add_(p.grad) if p.grad.layout == torch.strided else kept + p.grad
 
     def _give_back(self, p: nn.Parameter, period: int) -> None:
@@ -200,10 +222,14 @@ class LevelwiseOptimizer(Optimizer):
         """Load a `state_dict`.
 
         Raises:
-            UserError: a state that another optimizer saved.
+            UserError: a state that another optimizer saved, or one that went through
+                `torch.distributed.checkpoint.state_dict`, which leaves out what is kept.
         """
         if "levelwise" not in state_dict:
-            raise UserError("this state was not saved by a LevelwiseOptimizer: load it into the optimizer inside")
+            raise UserError(
+                "this state holds no steps and kept gradients of a LevelwiseOptimizer: give it what its state_dict() "
+                "returned, or load the state into the optimizer inside"
+            )
         own = state_dict["levelwise"]
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "levelwise"})
         here = [p for group in self.param_groups for p in group["params"]]

@@ -1,5 +1,8 @@
 """ContinuumMemory with static levels: the chain of Eq. 70, its identity at one level, and its complaints."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -89,7 +92,11 @@ def test_a_level_with_a_zero_output_changes_nothing() -> None:
         ([4], {"online": "next_token"}, "did you mean 'next-token'"),
         ([4], {"update": LevelUpdate()}, "give online='local'"),
         ([4, 8], {"online": "local", "update": [LevelUpdate()]}, "1 updates for 2 levels"),
-        ([4], {"online": "local", "objective": "l3"}, "unknown objective 'l3'"),
+        ([4], {"online": "local", "objective": "l2x"}, "unknown objective 'l2x'"),
+        (16, {}, "at least one positive integer"),
+        (None, {}, "at least one positive integer"),
+        ([4, 8, 16], {"online": "local", "update": "m3x", "hidden": 12}, "update='m3x': give a LevelUpdate"),
+        ([4, 8], {"online": "local", "update": ["sgd", "m3"]}, "update='sgd': give a LevelUpdate"),
     ],
 )
 def test_rejects_in_one_line(chunk_sizes: list[int], options: dict[str, object], message: str) -> None:
@@ -106,7 +113,39 @@ def test_static_levels_refuse_a_state_and_every_memory_a_wrong_input() -> None:
         make([4])(x, state)
     with pytest.raises(UserError, match=r"must be \(batch, tokens, 6\)"):
         learning(x[..., :5])
+    with pytest.raises(UserError, match=r"torch\.int64: it must be .* floating point"):
+        learning(torch.zeros(2, 5, 6, dtype=torch.long))
+    with pytest.raises(UserError, match="the state is a dict"):
+        learning(x, {})
+    for lengths in ([5, 6], [-1, 3], [5], [5.0, 2.0]):
+        with pytest.raises(UserError, match="one whole number from 0 to 5 for each of 2 rows"):
+            learning(x, lengths=torch.tensor(lengths))
     with pytest.raises(UserError, match="the state holds 2 sequences, the input 3"):
         learning(torch.randn(3, 5, 6), state)
     with pytest.raises(UserError, match="use a state of this one"):
         make([4], online="local", hidden=18)(x, state)
+
+
+@pytest.mark.parametrize("online", [None, "local", "next-token"])
+def test_a_memory_and_its_state_can_be_copied_and_pickled(online: str | None) -> None:
+    memory = make([2, 4], variant="nested", online=online)
+    x, later = torch.randn(2, 5, 6), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        state = memory(x)[1]
+    expected = memory(later, state)[0]
+    pickled = pickle.loads(pickle.dumps((memory, state)))  # noqa: S301
+    for copied, remembered in (copy.deepcopy((memory, state)), pickled):
+        assert torch.equal(copied(later, remembered)[0], expected)
+
+
+def test_what_is_not_finite_is_seen_ever_after_and_in_its_own_row_only() -> None:
+    memory, x = make([2, 4], online="local"), torch.randn(2, 9, 6)
+    x[0, 3, 1] = float("nan")
+    with torch.no_grad():
+        y, state = memory(x)
+        later, _ = memory(torch.randn(2, 4, 6), state)
+    assert y[0, :3].isfinite().all()
+    assert y[1].isfinite().all()
+    assert later[1].isfinite().all()
+    assert y[0, 4:].isnan().any(-1).all()
+    assert later[0].isnan().any(-1).all()

@@ -52,7 +52,8 @@ class ContinuumMemory(nn.Module):
             the levels learn from the model's own next-token loss, whose gradient the model brings (`gather`,
             `learn`); this layer then only reads.
         update: the learning rule, one for all levels or one for each.
-        objective: of "local": "l2", or "dot", which learned worse than static levels (`docs/log.md`).
+        objective: of "local", by its name in `nestlearn.memory.objectives`: "l2", or "dot", which learned worse than
+            static levels (`docs/log.md`), or another.
 
     Raises:
         UserError: an unknown name, chunk sizes that are not positive or not in increasing order or, nested, of which
@@ -75,10 +76,10 @@ class ContinuumMemory(nn.Module):
         norm_eps: float = 1e-6,
         online: Literal["local", "next-token"] | None = None,
         update: LevelUpdate | Sequence[LevelUpdate] | None = None,
-        objective: Literal["dot", "l2"] = "l2",
+        objective: str = "l2",
     ) -> None:
         super().__init__()
-        sizes = list(chunk_sizes)
+        sizes = list(chunk_sizes) if isinstance(chunk_sizes, Sequence) else []
         for what, name, allowed in (
             ("ContinuumMemory variant", variant, VARIANTS),
             ("activation", activation, ACTIVATIONS),
@@ -86,9 +87,10 @@ class ContinuumMemory(nn.Module):
         ):
             if name not in allowed:
                 raise UserError(f"unknown {what} {name!r}: {nearest(str(name), allowed)}")
-        if not sizes or any(type(size) is not int or size < 1 for size in sizes) or sizes != sorted(sizes):
+        whole = all(type(size) is int and size > 0 for size in sizes)
+        if not sizes or not whole or sizes != sorted(sizes):
             raise UserError(
-                f"chunk_sizes={sizes}: give at least one positive integer, in tokens, ordered fast to slow "
+                f"chunk_sizes={chunk_sizes!r}: give at least one positive integer, in tokens, ordered fast to slow "
                 "(increasing), e.g. [64, 512, 4096]"
             )
         if variant == "nested":
@@ -107,7 +109,13 @@ class ContinuumMemory(nn.Module):
             )
         if online is None and update is not None:
             raise UserError(f"update is how levels learn along a sequence: give online={ONLINE[0]!r} or {ONLINE[1]!r}")
-        updates = [update or LevelUpdate()] * len(sizes) if not isinstance(update, Sequence) else list(update)
+        one = LevelUpdate() if update is None else update
+        updates = [one] * len(sizes) if isinstance(one, str | LevelUpdate) else list(one)
+        for given in updates:
+            if not isinstance(given, LevelUpdate):
+                raise UserError(
+                    f"update={given!r}: give a LevelUpdate, as LevelUpdate('sgd', lr=0.1), or a list of them"
+                )
         if len(updates) != len(sizes):
             raise UserError(f"{len(updates)} updates for {len(sizes)} levels: give one for each, or one for all")
         self.dim, self.variant, self.online = dim, variant, online
@@ -153,10 +161,12 @@ class ContinuumMemory(nn.Module):
             The output, and the state that continues the sequence; None for static levels.
 
         Raises:
-            UserError: an input of another width, or a state of another batch or memory.
+            UserError: an input that is no (B, T, dim) of floats, a state of another batch or memory, or ``lengths``
+                that are not one number from 0 to T per row.
         """
-        if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.dim:
-            raise UserError(f"the input has shape {tuple(x_BTD.shape)}: it must be (batch, tokens, {self.dim})")
+        if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.dim or not x_BTD.is_floating_point():
+            given = f"the input has shape {tuple(x_BTD.shape)}, {x_BTD.dtype}"
+            raise UserError(f"{given}: it must be (batch, tokens, {self.dim}), floating point")
         if self.online is None:
             if state is not None:
                 raise UserError("a ContinuumMemory with online=None keeps no state: leave the state out")
@@ -164,6 +174,8 @@ class ContinuumMemory(nn.Module):
         if state is None:
             state = self.begin(x_BTD.shape[0])
         self._check(state, x_BTD.shape[0])
+        if lengths is not None:
+            _check_lengths(lengths, *x_BTD.shape[:2])
         if not x_BTD.shape[1]:
             return x_BTD, state
         levels, erasure = list(state.levels), [()] * len(self.levels)
@@ -212,9 +224,17 @@ class ContinuumMemory(nn.Module):
         return min((clock // level.chunk_size + 1) * level.chunk_size for level in self.levels)
 
     def _check(self, state: ContinuumState, rows: int) -> None:
+        if not isinstance(state, ContinuumState):
+            raise UserError(f"the state is a {type(state).__name__}: give what an earlier call returned, or None")
         if len(state.clock) != rows:
             raise UserError(f"the state holds {len(state.clock)} sequences, the input {rows}: they must agree")
         expected = [[tuple(w.shape) for w in level.weights] for level in self.levels]
         given = [[tuple(w.shape[-2:]) for w in level.weights] for level in state.levels]
         if expected != given:
             raise UserError(f"the state holds levels of shapes {given}, the memory {expected}: use a state of this one")
+
+
+def _check_lengths(lengths: Tensor, rows: int, tokens: int) -> None:
+    whole = not lengths.is_floating_point() and not lengths.is_complex()
+    if lengths.shape != (rows,) or not whole or bool(((lengths < 0) | (lengths > tokens)).any()):
+        raise UserError(f"lengths={lengths.tolist()}: give one whole number from 0 to {tokens} for each of {rows} rows")
