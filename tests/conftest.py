@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 
 # Shapes in the signatures are checked in tests and cost nothing in use. Left out are modules that check what a user
 # gives (beartype would speak before they do) and the layers (a compiler cannot trace the checks).
-CHECKED = ["memory.rules", "ops.segment", "ops.linear", "ops.mlp", "ops.chunk"]
+CHECKED = ["memory.rules", "ops.segment", "ops.linear", "ops.mlp", "ops.oja", "ops.omega", "ops.chunk"]
 install_import_hook([f"nestlearn.{name}" for name in CHECKED], "beartype.beartype")
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.errors import UserError
-from nestlearn.nn import SelfReferentialTitans
+from nestlearn.nn import DESIGNS, SelfReferentialTitans
 
 BLOCKS = {
     "hope": ["hope", "hope"],
@@ -25,6 +25,7 @@ BLOCKS = {
     "attention": ["attention", "attention"],
     "mixture": ["hope", "attention"],
     "all": ["hope-attention", "hope", "attention"],
+    **{name: [name, name] for name in ("sliding-window", *DESIGNS)},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "learning-levels": {
@@ -33,6 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "cms_objective": "l2",
         "cms_chunk_sizes": [2, 4],
     },
+    "sliding-window": {"attention_window": 5},
+    "omega": {"omega_window": 6},
     "hope-mlp-anchor": {"memory_type": "mlp", "read": "anchor", "chunk_size_other": 2, "momentum": True},
 }
 VOCABULARY = 48
@@ -237,8 +240,11 @@ def test_a_copied_cache_continues_twice_and_rows_can_be_repeated(kind: str) -> N
         torch.testing.assert_close(model(x, past_key_values=cache).logits, model(x).logits)
 
 
-@pytest.mark.parametrize("kind", ["hope", "hope-mlp-anchor"])
-def test_the_cache_of_hope_blocks_does_not_grow(kind: str) -> None:
+GROWING = ("hope-attention", "learning-levels", "attention", "mixture", "all", "ada-transformer")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind not in GROWING])
+def test_the_cache_of_recurrent_blocks_does_not_grow(kind: str) -> None:
     model, sizes, cache = make(kind), set(), None
     with torch.no_grad():
         for _ in range(4):
@@ -322,7 +328,7 @@ def test_bfloat16_autocast_keeps_the_memories_in_float32(kind: str) -> None:
     exact = model(x).logits
     assert (out.logits.float() - exact).norm() < 0.1 * exact.norm()
     for name, layer in zip(BLOCKS[kind], out.past_key_values.layers, strict=True):
-        if name == "hope":
+        if name == "hope" or name in DESIGNS:
             floats = [t for t in tensors_of(layer.state.mixer.core) if t.is_floating_point()]
             assert floats
             assert {t.dtype for t in floats} == {torch.float32}

@@ -123,6 +123,34 @@ RULES = {
     "tight limit": {"norm_limit": 0.1},
 }
 ALL = ("eta", "alpha", "k", "v")
+# Rules other than DGD write one linear memory with given projections.
+OTHER_RULES = {
+    "delta": {"update": "delta", "eta_max": 1.0},
+    "delta without decay": {"update": "delta", "decay": False, "bounded": False, "normalize_v": False},
+    "delta toward zero, anchor": {"update": "delta", "retention": "zero", "bounded": False, "read": "anchor"},
+    "oja": {"update": "oja"},
+    "oja toward zero": {"update": "oja", "retention": "zero", "bounded": False, "norm_limit": None},
+    "oja anchor": {"update": "oja", "read": "anchor", "normalize_v": False, "norm_limit": 0.1},
+    "omega": {"update": "omega", "objective": "l2", "window": 3, "eta_max": 0.5},
+    "omega dot": {"update": "omega", "window": 2, "norm_limit": None},
+    "omega l3 toward zero": {"update": "omega", "objective": "l3", "window": 9, "eta_max": 0.2, "retention": "zero"},
+    "omega of one": {"update": "omega", "objective": "l2", "read": "anchor", "eta_max": 0.5},
+    "hebbian": {"delta": False, "self_values": False, "retention": "zero", "normalize_v": False},
+    "l3": {"objective": "l3", "delta": False, "eta_max": 0.2},
+    "l1.5": {"objective": "l1.5", "eta_max": 0.2},
+    "l1": {"objective": "l1", "delta": False, "eta_max": 0.2},
+}
+
+
+@pytest.mark.parametrize(("chunk", "tokens"), [(1, 6), (4, 11), (6, 23), (16, 33), (64, 70)])
+@pytest.mark.parametrize("name", OTHER_RULES)
+def test_rules_of_the_zoo_equal_the_oracle(name: str, chunk: int, tokens: int) -> None:
+    start = make_start("linear", ())
+    rule = WriteRule(chunk_size=chunk, **OTHER_RULES[name])
+    if not rule.decay:
+        del start.bias["alpha"]
+    errors = compare(start, rule, batch=2 if chunk == 4 else 1, tokens=tokens)
+    assert max(errors.values()) < 1e-9, errors
 
 
 @pytest.mark.parametrize("structure", ["linear", "mlp"])

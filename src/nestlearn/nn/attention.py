@@ -17,7 +17,9 @@ from nestlearn.errors import UserError
 
 @dataclass
 class AttentionState:
-    """The keys (already rotated) and values of every token so far; dimension 0 of each tensor is the batch.
+    """The keys and values of every token so far, or of a window; dimension 0 of each tensor is the batch.
+
+    Keys are already rotated, in a window not yet.
 
     ``valid`` says which slots hold a token of the row and which only fill it up; None if all do.
     """
@@ -37,26 +39,30 @@ class AttentionState:
 
 
 class CausalAttention(nn.Module):
-    """Multi-head causal softmax attention (Eq. 62) with RoPE, bias-free, in Llama's conventions.
+    """Multi-head causal softmax attention (Eq. 62, 63) with RoPE, bias-free, in Llama's conventions.
 
     Args:
         dim: channels D.
         heads: heads H; each has D / H channels, an even number.
         rope_theta: base of the rotary wavelengths, which run from 2 pi tokens to about 2 pi theta tokens.
+        window: how many tokens a query sees, itself included (Eq. 63); None means all before it. The state then
+            holds no more than that.
 
     Raises:
-        UserError: ``dim`` does not split into ``heads`` of even width.
+        UserError: ``dim`` does not split into ``heads`` of even width, or a window below 1.
 
     >>> attention = CausalAttention(8, heads=2)
     >>> attention(torch.randn(2, 5, 8))[0].shape
     torch.Size([2, 5, 8])
     """
 
-    def __init__(self, dim: int, heads: int, *, rope_theta: float = 10_000.0) -> None:
+    def __init__(self, dim: int, heads: int, *, rope_theta: float = 10_000.0, window: int | None = None) -> None:
         super().__init__()
         if heads < 1 or dim % heads or (dim // heads) % 2:
             raise UserError(f"attention of dim={dim} with heads={heads}: dim / heads must be an even integer")
-        self.heads, self.rope_theta = heads, rope_theta
+        if window is not None and window < 1:
+            raise UserError(f"attention with window={window}: must be at least 1 token, or None for all")
+        self.heads, self.rope_theta, self.window = heads, rope_theta, window
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
@@ -80,43 +86,127 @@ class CausalAttention(nn.Module):
             The output and the state that continues the sequence in the next call.
         """
         B, T, D = x_BTD.shape
-        S = 0 if state is None else state.keys.shape[2]
-        past_valid = None if state is None else state.valid
-        columns = torch.arange(T, device=x_BTD.device)
-        # A row's next position is the number of its valid tokens so far, so filler moves nothing.
-        positions = S + columns if past_valid is None else past_valid.sum(1, keepdim=True) + columns
 
         def split(y_BTD: Tensor) -> Tensor:
             return y_BTD.view(B, T, self.heads, D // self.heads).transpose(1, 2)
 
-        q_BHTd = rotate(split(self.q_proj(x_BTD)), positions, self.rope_theta)
-        k_BHSd = rotate(split(self.k_proj(x_BTD)), positions, self.rope_theta)
-        v_BHSd = split(self.v_proj(x_BTD))
-        if state is not None:
-            k_BHSd = torch.cat([state.keys, k_BHSd.to(state.keys.dtype)], dim=2)
-            v_BHSd = torch.cat([state.values, v_BHSd.to(state.values.dtype)], dim=2)
+        q_BHTd, k_BHTd, v_BHTd = (split(layer(x_BTD)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        if self.window is None:
+            y_BHTd, state = attend(q_BHTd, k_BHTd, v_BHTd, state, lengths, self.rope_theta)
+        else:
+            y_BHTd, state = attend_within(self.window, q_BHTd, k_BHTd, v_BHTd, state, lengths, self.rope_theta)
+        return self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, D)), state
 
-        mask = None
-        # Among the new columns causality alone is enough: valid ones come first, so none of them sees filler.
-        # Every query sees itself, so no row of the softmax is empty.
-        if S and (T > 1 or past_valid is not None):
-            causal = columns[:, None] >= columns
-            if past_valid is None:
-                mask = F.pad(causal, (S, 0), value=True)
-            else:
-                past = past_valid[:, None, None].expand(B, 1, T, S)
-                mask = torch.cat([past, causal.expand(B, 1, T, T)], dim=-1)
-        y_BHTd = F.scaled_dot_product_attention(
-            q_BHTd.to(k_BHSd.dtype), k_BHSd, v_BHSd, attn_mask=mask, is_causal=S == 0 and T > 1
-        )
-        y_BTD = self.o_proj(y_BHTd.transpose(1, 2).reshape(B, T, D))
 
-        valid = past_valid
-        if valid is not None or lengths is not None:
-            valid = torch.ones(B, S, dtype=torch.bool, device=x_BTD.device) if valid is None else valid
-            new = torch.full((B, 1), T, device=x_BTD.device) if lengths is None else lengths[:, None]
-            valid = torch.cat([valid, columns < new], dim=1)
-        return y_BTD, AttentionState(k_BHSd, v_BHSd, valid)
+def attend(
+    q_BHTd: Float[Tensor, "B H T d"],
+    k_BHTd: Float[Tensor, "B H T d"],
+    v_BHTd: Float[Tensor, "B H T d"],
+    state: AttentionState | None,
+    lengths: Int[Tensor, " B"] | None,
+    theta: float,
+) -> tuple[Float[Tensor, "B H T d"], AttentionState]:
+    """Softmax attention (Eq. 62) from new queries to new and cached keys, causally, with rotary positions."""
+    B, _, T, _ = q_BHTd.shape
+    S = 0 if state is None else state.keys.shape[2]
+    past_valid = None if state is None else state.valid
+    columns = torch.arange(T, device=q_BHTd.device)
+    # A row's next position is the number of its valid tokens so far, so filler moves nothing.
+    positions = S + columns if past_valid is None else past_valid.sum(1, keepdim=True) + columns
+
+    q_BHTd, k_BHSd, v_BHSd = rotate(q_BHTd, positions, theta), rotate(k_BHTd, positions, theta), v_BHTd
+    if state is not None:
+        k_BHSd = torch.cat([state.keys, k_BHSd.to(state.keys.dtype)], dim=2)
+        v_BHSd = torch.cat([state.values, v_BHSd.to(state.values.dtype)], dim=2)
+
+    mask = None
+    # Among the new columns causality alone is enough: valid ones come first, so none of them sees filler.
+    # Every query sees itself, so no row of the softmax is empty.
+    if S and (T > 1 or past_valid is not None):
+        causal = columns[:, None] >= columns
+        if past_valid is None:
+            mask = F.pad(causal, (S, 0), value=True)
+        else:
+            past = past_valid[:, None, None].expand(B, 1, T, S)
+            mask = torch.cat([past, causal.expand(B, 1, T, T)], dim=-1)
+    y_BHTd = F.scaled_dot_product_attention(
+        q_BHTd.to(k_BHSd.dtype), k_BHSd, v_BHSd, attn_mask=mask, is_causal=S == 0 and T > 1
+    )
+    valid = past_valid
+    if valid is not None or lengths is not None:
+        valid = torch.ones(B, S, dtype=torch.bool, device=columns.device) if valid is None else valid
+        valid = torch.cat([valid, _counted(columns, B, lengths)], dim=1)
+    return y_BHTd, AttentionState(k_BHSd, v_BHSd, valid)
+
+
+def attend_within(
+    window: int,
+    q_BHTd: Float[Tensor, "B H T d"],
+    k_BHTd: Float[Tensor, "B H T d"],
+    v_BHTd: Float[Tensor, "B H T d"],
+    state: AttentionState | None,
+    lengths: Int[Tensor, " B"] | None,
+    theta: float,
+) -> tuple[Float[Tensor, "B H T d"], AttentionState]:
+    """:func:`attend` over the last ``window`` tokens, a query's own included (Eq. 63).
+
+    The state holds at most ``window - 1`` tokens of each row, the newest last, and their keys before rotation:
+    positions count from the oldest token kept, so they never grow. Long pieces are read in parts of a few windows.
+    """
+    outputs = []
+    size = max(4 * window, 256)
+    for i in range(0, max(q_BHTd.shape[2], 1), size):
+        q, k, v = (t[:, :, i : i + size] for t in (q_BHTd, k_BHTd, v_BHTd))
+        counts = None if lengths is None else (lengths - i).clamp(0, min(size, q_BHTd.shape[2] - i))
+        y_BHTd, state = _part_within(window, q, k, v, state, counts, theta)
+        outputs.append(y_BHTd)
+    assert state is not None
+    return torch.cat(outputs, dim=2), state
+
+
+def _part_within(
+    window: int,
+    q_BHTd: Tensor,
+    k_BHTd: Tensor,
+    v_BHTd: Tensor,
+    state: AttentionState | None,
+    lengths: Tensor | None,
+    theta: float,
+) -> tuple[Tensor, AttentionState]:
+    B, _, T, _ = q_BHTd.shape
+    S, valid = (0, None) if state is None else (state.keys.shape[2], state.valid)
+    if state is not None:
+        k_BHTd = torch.cat([state.keys, k_BHTd.to(state.keys.dtype)], dim=2)
+        v_BHTd = torch.cat([state.values, v_BHTd.to(state.values.dtype)], dim=2)
+    slots = torch.arange(S + T, device=q_BHTd.device)
+    queries = slots[S:]
+    behind = queries[:, None] - slots
+    mask = (behind >= 0) & (behind < window)
+    if valid is not None:
+        mask = mask & F.pad(valid, (0, T), value=True)[:, None, None]
+    q_BHTd, rotated = rotate(q_BHTd, queries, theta), rotate(k_BHTd, slots, theta)
+    y_BHTd = F.scaled_dot_product_attention(q_BHTd.to(rotated.dtype), rotated, v_BHTd, attn_mask=mask)
+
+    kept = min(window - 1, S + T)
+    if lengths is None and valid is None:
+        # Copies, so that the state does not keep the piece alive.
+        return y_BHTd, AttentionState(k_BHTd[:, :, S + T - kept :].clone(), v_BHTd[:, :, S + T - kept :].clone())
+    new = torch.full((B,), T, device=slots.device) if lengths is None else lengths.to(slots.device)
+    valid = torch.ones(B, S, dtype=torch.bool, device=slots.device) if valid is None else valid
+    valid = torch.cat([valid, _counted(slots[:T], B, lengths)], dim=1)
+    # Row i ends at slot S + lengths[i]; where it has fewer tokens than are kept, the front stays empty.
+    rows = (S + new)[:, None] - kept + slots[:kept]
+    valid = valid.gather(1, rows.clamp_min(0)) & (rows >= 0)
+    index = rows.clamp_min(0)[:, None, :, None]
+    keys, values = (t.gather(2, index.expand(*t.shape[:2], kept, t.shape[3])) for t in (k_BHTd, v_BHTd))
+    return y_BHTd, AttentionState(keys, values, valid)
+
+
+def _counted(columns: Tensor, rows: int, lengths: Tensor | None) -> Tensor:
+    """Which of the new ``columns`` (T,) count in each of the rows, (B, T)."""
+    if lengths is None:
+        return columns.new_ones(rows, len(columns), dtype=torch.bool)
+    return columns < lengths[:, None].to(columns.device)
 
 
 def rotate(x_BHTd: Float[Tensor, "B H T d"], positions: Int[Tensor, "... T"], theta: float) -> Tensor:

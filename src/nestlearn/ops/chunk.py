@@ -18,6 +18,8 @@ from torch import Tensor
 from nestlearn.errors import UserError
 from nestlearn.ops.linear import LinearKernel
 from nestlearn.ops.mlp import MLPKernel
+from nestlearn.ops.oja import OjaKernel
+from nestlearn.ops.omega import OmegaKernel
 from nestlearn.ops.rule import MEMORY, Start, WriteRule, gates, unit
 from nestlearn.ops.segment import Segment
 from nestlearn.ops.state import CoreState
@@ -27,16 +29,27 @@ Refresh = bool | Tensor
 
 
 def kernel_for(start: Start, rule: WriteRule) -> LinearKernel | MLPKernel:
-    """The packed form of the memories in ``start``: linear if they have one weight matrix, MLP if two."""
-    return LinearKernel(start, rule) if len(start.weights[MEMORY]) == 1 else MLPKernel(start, rule)
+    """The packed form of the memories in ``start``: linear if they have one weight matrix, MLP if two.
+
+    Raises:
+        UserError: an update other than DGD for anything but one linear memory without momentum.
+    """
+    linear = len(start.weights[MEMORY]) == 1
+    if rule.update == "dgd":
+        return LinearKernel(start, rule) if linear else MLPKernel(start, rule)
+    if not linear or start.names != (MEMORY,) or start.momentum is not None:
+        raise UserError(
+            f"update={rule.update!r} writes one linear memory without momentum, whose projections are given: "
+            "take that, or update='dgd'"
+        )
+    return {"delta": LinearKernel, "oja": OjaKernel, "omega": OmegaKernel}[rule.update](start, rule)
 
 
-def _begin(learned: tuple[Tensor, ...], start: Start, rule: WriteRule, batch: int) -> CoreState:
+def _begin(kernel: LinearKernel | MLPKernel, learned: tuple[Tensor, ...], rule: WriteRule, batch: int) -> CoreState:
     """The state before the first token."""
     weights = tuple(w.unsqueeze(0).expand(batch, *w.shape) for w in learned)
     current = tuple(torch.zeros_like(w) for w in weights) if rule.retention == "start" else weights
-    momentum = () if start.momentum is None else tuple(torch.zeros_like(w) for w in weights)
-    return CoreState(current, current, momentum, torch.zeros(batch, dtype=torch.long))
+    return CoreState(current, current, kernel.carried(weights), torch.zeros(batch, dtype=torch.long))
 
 
 def self_modify(
@@ -69,9 +82,9 @@ def self_modify(
     kernel = kernel_for(start, rule)
     learned = kernel.pack()
     if state is None:
-        state = _begin(learned, start, rule, batch)
+        state = _begin(kernel, learned, rule, batch)
     else:
-        _check_state(state, start, learned, batch)
+        _check_state(state, kernel, learned, batch)
     base = tuple(w.unsqueeze(0) if rule.retention == "start" else torch.zeros_like(w).unsqueeze(0) for w in learned)
     current, anchor, momentum = state.current, state.anchor, state.momentum
     weights: tuple[Tensor, ...] = ()
@@ -103,7 +116,11 @@ def self_modify(
         v = unit(made["v"]) if rule.normalize_v else made["v"]
         valid = None if counts is None else counts[:, None, i:j].to(x.dtype)
         q, k = (unit(made[name]) if name in start.weights else made[name] for name in ("q", "k"))
-        segment = Segment.of(k, eta, log_alpha, start.momentum, valid, rule.delta)
+        if rule.update == "delta":  # alpha W - eta (alpha W k - v) k^T erases in units of alpha and writes in full
+            eta, v = eta * log_alpha.exp(), v * (-log_alpha).exp().unsqueeze(-1)
+        if rule.update == "oja":  # the delta rule of W^T, with keys v and values k
+            k, v = v, k
+        segment = Segment.of(k, eta, log_alpha, start.momentum, valid, rule.erases)
         y, current, momentum = kernel.advance(weights, current, momentum, q, v, segment)
         outputs.append(y)
 
@@ -112,11 +129,15 @@ def self_modify(
     return y, CoreState(current, anchor, momentum, state.clock + seen)
 
 
-def _check_state(state: CoreState, start: Start, learned: tuple[Tensor, ...], batch: int) -> None:
+def _check_state(state: CoreState, kernel: LinearKernel | MLPKernel, learned: tuple[Tensor, ...], batch: int) -> None:
     if state.clock.shape[0] != batch:
         raise UserError(f"the state holds {state.clock.shape[0]} sequences, the input {batch}: they must agree")
-    if bool(state.momentum) != (start.momentum is not None):
-        raise UserError("the state and the core differ in whether they have a momentum: use a state of this core")
+    carried = [tuple(w.shape) for w in kernel.carried(learned)]
+    if [tuple(w.shape[1:]) for w in state.momentum] != carried:
+        raise UserError(
+            "the state and the core differ in what the update carries, a momentum or Omega's window: "
+            "use a state of this core"
+        )
     expected = [tuple(w.shape) for w in learned]
     given = [tuple(w.shape[1:]) for w in state.current]
     if expected != given:

@@ -44,6 +44,10 @@ class LinearKernel:
         """The learned initial weights as packed rows, (H, R, d)."""
         return (torch.cat([self.start.weights[name][0] for name in self.names], dim=-2),)
 
+    def carried(self, weights: Packed) -> Packed:
+        """What the inner update itself carries before the first token of ``weights`` (B, H, R, d): its momentum."""
+        return () if self.start.momentum is None else tuple(torch.zeros_like(w) for w in weights)
+
     def named(self, packed: Packed) -> dict[str, Packed]:
         """Packed weights by the name of their memory."""
         blocks = packed[0].split(self.rows, dim=-2)
@@ -75,7 +79,8 @@ class LinearKernel:
 
     def targets(self, anchor: Packed, v: Float[Tensor, "B H c d"]) -> Float[Tensor, "B H c R"]:
         """The value that each row is asked to give for the current key."""
-        generated = len(self.names) if self.rule.self_values else sum(n in GATES for n in self.names)
+        own = self.rule.self_values and self.rule.update == "dgd"
+        generated = len(self.names) if own else sum(n in GATES for n in self.names)
         rows = self.rows[:generated]
         made = (v @ anchor[0][..., : sum(rows), :].mT).split(rows, dim=-1) if rows else ()
         shared = [v] * (len(self.names) - generated)

@@ -54,6 +54,10 @@ class MLPKernel:
         gates = torch.stack(w1[: self.g], dim=1) if self.g else wide.new_zeros(wide.shape[0], 0, 1, self.hidden)
         return torch.cat(w2, dim=-2), wide, gates
 
+    def carried(self, weights: Packed) -> Packed:
+        """What the inner update itself carries before the first token: its momentum, shaped like ``weights``."""
+        return () if self.start.momentum is None else tuple(torch.zeros_like(w) for w in weights)
+
     def named(self, packed: Packed) -> dict[str, Packed]:
         """Packed weights by the name of their memory, each ``(W1, W2)``."""
         w2 = packed[0].split(self.hidden, dim=-2)

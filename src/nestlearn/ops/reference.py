@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nestlearn.memory import objectives
+from nestlearn.memory import objectives, rules
 from nestlearn.memory.rules import dgd, outer
 from nestlearn.memory.structures import LinearMemory, MLPMemory, Weights
 from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, clip, gates, limit, unit
@@ -66,6 +66,7 @@ def _one_head(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> tu
     base = {name: start.weights[name] if from_start else zero[name] for name in start.names}
     state = {name: zero[name] if from_start else start.weights[name] for name in start.names}
     momentum = dict(zero)
+    pairs: list[tuple[Tensor, Tensor]] = []
     anchor: dict[str, Weights] = {}
     outputs = []
 
@@ -89,7 +90,10 @@ def _one_head(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> tu
         eta, log_alpha = gates(project("eta")[None, None], raw_alpha, start, rule)
         eta, alpha = eta.squeeze(), log_alpha.exp().squeeze()
 
-        for name in start.names:
+        pairs = [*pairs, (k[0], v[0])][-rule.window :]
+        if rule.update != "dgd":
+            state[MEMORY] = (_other_update(rule, state[MEMORY][0], anchor[MEMORY][0], pairs, eta, alpha),)
+        for name in start.names if rule.update == "dgd" else ():
             memory, scale = memories[name], start.write_scale.get(name, 1.0)
             generates = rule.self_values or name in GATES
             target = clip(memory.read(anchor[name], v), rule) if generates else v  # Eq. 84, 87
@@ -120,3 +124,17 @@ def _one_head(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> tu
 
     final = {name: tuple(b + s for b, s in zip(base[name], state[name], strict=True)) for name in start.names}
     return torch.stack(outputs), final
+
+
+def _other_update(
+    rule: WriteRule, s: Tensor, anchor: Tensor, pairs: list[tuple[Tensor, Tensor]], eta: Tensor, alpha: Tensor
+) -> Tensor:
+    """A linear memory ``s`` after one token by a rule other than DGD; ``pairs`` (k, v), the token's own last."""
+    k, v = pairs[-1]
+    if rule.update == "delta":
+        return rules.delta(s, k, v, eta, alpha)
+    if rule.update == "oja":
+        return rules.oja(s, k, v, eta, alpha)
+    keys, values = (torch.stack(side) for side in zip(*pairs, strict=True))
+    gamma = torch.full_like(keys[:, 0], 1 / rule.window)
+    return alpha * s + rules.omega(anchor, keys, values, eta, gamma, objectives.get(rule.objective)) - anchor

@@ -29,13 +29,13 @@ class WriteRule:
     Args:
         chunk_size: tokens between two anchors of the main memory.
         chunk_size_other: the same for the memories of k, v, q, eta, alpha; None means ``chunk_size``.
-        objective: internal objective, ``"dot"`` (Eq. 92) or ``"l2"`` (Eq. 88, 93).
+        objective: internal objective, ``"dot"`` (Eq. 92), ``"l2"`` (Eq. 88, 93), or an Lp one such as ``"l3"``.
         read: ``"anchor"`` reads the main memory as it was at the end of the previous chunk (Eq. 90);
             ``"inclusive"`` reads it after the current token was written.
         delta: whether ``eta k k^T`` erases along the key (DGD); without it the core writes by gradient descent.
         decay: whether ``alpha`` is applied; without it everything is retained.
         self_values: whether each memory generates its own value (Eq. 84); without it the memories of width d
-            share ``v``, and the gates, for which ``v`` has the wrong width, keep generating theirs.
+            share ``v``, and the gates, for which ``v`` has the wrong width, keep generating theirs. For DGD only.
         retention: ``"zero"`` lets ``alpha`` and the erasure pull the weights toward zero (Eq. 88),
             ``"start"`` toward their learned initial state: only what was learned in context fades.
         eta_max: upper end of the step size, in units of ``alpha`` if ``bounded`` (dimensionless, keys have norm 1).
@@ -46,6 +46,11 @@ class WriteRule:
             come from itself amplifies them otherwise, chunk after chunk.
         norm_limit: bound on the root mean square singular value of what each weight matrix has learned in
             context, enforced at its chunk boundaries; None leaves the state unbounded.
+        update: by which rule of :mod:`nestlearn.memory.rules` the core is written. ``"dgd"`` (Eq. 88) goes with every
+            switch above. A linear main memory with nothing beside it may also learn by ``"delta"`` (Eq. 65) or
+            ``"oja"`` (Eq. 66, 67), whose error is that of every single token whatever the chunk size, or by
+            ``"omega"`` (Eq. 68), whose gradients are taken at the anchor.
+        window: pairs in each step of the Omega rule, in tokens, the current one included; each weighs 1 / window.
 
     >>> WriteRule.printed(chunk_size=16).retention
     'zero'
@@ -53,7 +58,7 @@ class WriteRule:
 
     chunk_size: int = 64
     chunk_size_other: int | None = None
-    objective: Literal["dot", "l2"] = "dot"
+    objective: str = "dot"
     read: Literal["anchor", "inclusive"] = "inclusive"
     delta: bool = True
     decay: bool = True
@@ -64,19 +69,26 @@ class WriteRule:
     normalize_v: bool = True
     clip_values: bool = True
     norm_limit: float | None = 2.0
+    update: Literal["dgd", "delta", "oja", "omega"] = "dgd"
+    window: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("chunk_size", "chunk_size_other"):
+        for name in ("chunk_size", "chunk_size_other", "window"):
             size = getattr(self, name)
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise UserError(f"{name} must be a positive number of tokens, got {size!r}")
+        objectives.get(self.objective)
         for name, allowed in (
-            ("objective", objectives.BY_NAME),
             ("read", ("anchor", "inclusive")),
             ("retention", ("zero", "start")),
+            ("update", ("dgd", "delta", "oja", "omega")),
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), allowed)}")
+        if self.update in ("delta", "oja") and self.objective != "dot":
+            raise UserError(
+                f"update={self.update!r} has an objective of its own: leave objective={self.objective!r} out"
+            )
         if not 0 < self.eta_max < math.inf:
             raise UserError(f"eta_max must be positive and finite, got {self.eta_max}")
         if self.norm_limit is not None and not 0 < self.norm_limit < math.inf:
@@ -96,6 +108,11 @@ class WriteRule:
             "norm_limit": None,
         }
         return cls(chunk_size=chunk_size, **{**letter, **changes})  # type: ignore[arg-type]
+
+    @property
+    def erases(self) -> bool:
+        """Whether a write erases along its key, which takes a triangular solve."""
+        return self.update in ("delta", "oja") or (self.update == "dgd" and self.delta)
 
     @property
     def other(self) -> int:

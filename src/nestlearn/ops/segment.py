@@ -42,6 +42,7 @@ class Segment:
         momentum: (``b_bar`` (B, H, c), ``B`` (B, H, c, c)) for the momentum itself, or None.
         factor: ``I + T`` below its unit diagonal, (B, H, c, c), or None where nothing is erased.
         erase: ``eta_t gamma_{t-1}`` (B, H, c), what a token erases of ``S_0`` along its key.
+        valid: which tokens count, (B, 1, c), or None if all do.
     """
 
     k: Float[Tensor, "*b c d"]
@@ -53,6 +54,7 @@ class Segment:
     carry: PerToken | None
     momentum: tuple[PerToken, Table] | None
     factor: Table | None
+    valid: Float[Tensor, "B 1 c"] | None = None
     _rows: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -87,7 +89,7 @@ class Segment:
         strength = eta * (-log_alpha).exp()  # eta_t gamma_{t-1} / gamma_s = (eta_t / alpha_t) Gamma_ts
         # The solve reads nothing on or above the diagonal.
         factor = strength.unsqueeze(-1) * ratio * (k @ k.mT) if delta else None
-        return cls(k, eta, gamma, strength * gamma, ratio, write, carry, momentum, factor)
+        return cls(k, eta, gamma, strength * gamma, ratio, write, carry, momentum, factor, valid)
 
     def stacked(self) -> Segment:
         """The same tables for memories stacked in a dimension after the heads; nothing is erased there."""

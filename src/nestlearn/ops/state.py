@@ -15,7 +15,8 @@ class CoreState:
     Args:
         current: weights after the last token, leading dimensions (B, H).
         anchor: weights at the end of the previous chunk, which generate and are differentiated.
-        momentum: the momentum of the inner update, or an empty tuple.
+        momentum: what the inner update carries: its momentum, or the last pairs of the Omega rule, keys and values;
+            an empty tuple without either.
         clock: tokens seen by each row, (B,) int64 on the CPU: where its chunks end.
     """
 

@@ -15,10 +15,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from nestlearn.errors import UserError, nearest
+from nestlearn.nn.zoo import DESIGNS
 
-BLOCK_TYPES = ("hope", "hope-attention", "attention")
+BLOCK_TYPES = ("hope", "hope-attention", "attention", "sliding-window", *DESIGNS)
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SIZES += ("conv_size", "chunk_size", "memory_hidden_size", "max_position_embeddings")
+SIZES += ("attention_window", "omega_window", "lp_power")
 MOST_LAYERS = 10_000  # each is a Python object, so more would fill the memory before any weight does
 POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range", "eta_max", "norm_limit")
 CACHE_LAYER_TYPE = "hope_state"  # names our cache layer in transformers' mapping
@@ -52,14 +54,21 @@ class HopeConfig(PreTrainedConfig):
         num_hidden_layers: blocks.
         num_attention_heads: heads of every token mixer, attention or Titans.
         intermediate_size: hidden width of a block's MLPs, in channels, all levels of the continuum memory together.
-        block_types: one of "hope", "hope-attention", "attention" for each block; None makes all of them "hope".
+        block_types: one of ``BLOCK_TYPES`` for each block; None makes all of them "hope".
             "hope" mixes tokens by self-referential Titans, "hope-attention" by softmax attention behind the same
-            short convolution; both end in the continuum memory. "attention" is a Transformer++ block.
+            short convolution, "sliding-window" by attention over a window behind it, and a name of
+            :data:`nestlearn.nn.DESIGNS`, such as "gated-deltanet", by that :class:`nestlearn.nn.MemoryLayer`; all
+            end in the continuum memory, which is one MLP if it has one level. "attention" is a Transformer++ block.
         conv_size: taps of the causal convolution, in tokens.
         chunk_size, chunk_size_other, objective, read, delta, decay, momentum, inner_k, inner_v, inner_q,
             inner_gates, self_values, retention, write_scale, eta_max, bounded, normalize_v, clip_values,
             norm_limit, retained, gate, shared_input: as in :class:`nestlearn.nn.SelfReferentialTitans`.
+            Of these a layer of ``DESIGNS`` takes chunk_size, retained, gate, and eta_max where its step size is
+            learned, norm_limit where it takes gradients at the anchor; the rest is its name's choice.
         memory_type, memory_hidden_size: its ``memory`` and ``memory_hidden``.
+        attention_window: tokens that a query of "sliding-window" sees, itself included.
+        omega_window: pairs in each step of "omega", in tokens.
+        lp_power: p of the Lp objective of "miras", at least 1.
         cms_chunk_sizes: tokens between two updates of each level of the continuum memory, fast to slow.
         cms_variant, cms_activation, cms_online, cms_objective: as in :class:`nestlearn.nn.ContinuumMemory`.
             "next-token" needs rows without filler.
@@ -116,6 +125,9 @@ class HopeConfig(PreTrainedConfig):
     retained: list[float | int] = field(default_factory=lambda: [0.98, 0.998])
     gate: bool = True
     shared_input: bool = False
+    attention_window: int = 256
+    omega_window: int = 8
+    lp_power: float | int = 3.0
 
     cms_chunk_sizes: list[int] = field(default_factory=lambda: [64, 512, 4096])
     cms_variant: str = "sequential"

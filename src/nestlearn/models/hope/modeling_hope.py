@@ -24,11 +24,14 @@ from nestlearn.models.hope.cache_hope import BlockState, HopeCacheLayer
 from nestlearn.models.hope.configuration_hope import HopeConfig
 from nestlearn.models.hope.next_token import read_and_learn
 from nestlearn.nn import (
+    DESIGNS,
     CausalAttention,
     CausalConv,
     ContinuumLevel,
     ContinuumMemory,
     LevelUpdate,
+    MemoryLayer,
+    MemoryMixer,
     SelfReferentialTitans,
 )
 
@@ -46,6 +49,43 @@ def make_titans(config: HopeConfig) -> SelfReferentialTitans:
         memory=config.memory_type,  # type: ignore[arg-type]  # the layer checks the name
         memory_hidden=config.memory_hidden_size,
         **{name: getattr(config, name) for name in TITANS_OPTIONS},
+    )
+
+
+def make_mixer(config: HopeConfig, block_type: str) -> MemoryMixer | CausalAttention:
+    """The token mixer of a block."""
+    if block_type == "hope":
+        return make_titans(config)
+    if block_type in DESIGNS:
+        return make_design(config, block_type)
+    window = config.attention_window if block_type == "sliding-window" else None
+    dim, heads = config.hidden_size, config.num_attention_heads
+    return CausalAttention(dim, heads, rope_theta=config.rope_theta, window=window)
+
+
+def make_design(config: HopeConfig, name: str) -> MemoryLayer:
+    """The token mixer of a block that is named after a design."""
+    design = DESIGNS[name]
+    changes: dict[str, Any] = {}
+    if config.eta_max is not None and "eta" in design.gates:
+        changes["eta_max"] = config.eta_max
+    if design.rule.norm_limit is not None:
+        changes["norm_limit"] = config.norm_limit
+    if name == "omega":
+        changes["window"] = config.omega_window
+    if name == "miras":
+        changes["objective"] = f"l{config.lp_power:g}"
+    return MemoryLayer(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.chunk_size,
+        design=design,
+        memory_hidden=config.memory_hidden_size,
+        conv_size=config.conv_size,
+        retained=config.retained,  # type: ignore[arg-type]
+        gate=config.gate,
+        rope_theta=config.rope_theta,
+        **changes,
     )
 
 
@@ -91,13 +131,10 @@ class HopeBlock(GradientCheckpointingLayer):
         block_type = config.block_types[layer_idx]
         self.layer_idx = layer_idx
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        # The Titans layer brings its own convolution.
-        self.conv = CausalConv(config.hidden_size, config.conv_size) if block_type == "hope-attention" else None
-        self.mixer: SelfReferentialTitans | CausalAttention
-        if block_type == "hope":
-            self.mixer = make_titans(config)
-        else:
-            self.mixer = CausalAttention(config.hidden_size, config.num_attention_heads, rope_theta=config.rope_theta)
+        # Recurrent memories bring their own convolution.
+        convolved = block_type in ("hope-attention", "sliding-window")
+        self.conv = CausalConv(config.hidden_size, config.conv_size) if convolved else None
+        self.mixer = make_mixer(config, block_type)
         self.memory = make_memory(config, block_type)
 
     def forward(
@@ -138,7 +175,7 @@ class HopePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, CausalConv | SelfReferentialTitans | ContinuumMemory | ContinuumLevel):
+        if isinstance(module, CausalConv | MemoryMixer | ContinuumMemory | ContinuumLevel):
             # These draw what is theirs themselves. Those that a checkpoint brought stay as they are.
             own = isinstance(module, ContinuumMemory | ContinuumLevel)  # their linear layers are drawn as all others
             parameters = list(module.parameters(recurse=not own))
