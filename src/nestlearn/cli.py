@@ -234,6 +234,33 @@ def generate(
 
 
 @app.command()
+def levels(
+    model: Annotated[
+        str, typer.Argument(help="A run folder, any folder of save_pretrained, a recipe file or a preset.")
+    ],
+    optimizer: Annotated[
+        str | None, typer.Option(help="Train with this one, as in a recipe. By default the recipe's own.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the levels to this file.", metavar="FILE.png")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model and its optimizer as nested memories, each at its own update frequency.
+
+    No weight is read, so a model of any size is described at once.
+
+    Example: nestlearn levels tiny --optimizer m3 --picture levels.png
+    """
+    from nestlearn.levels import describe
+    from nestlearn.train.structure import load_structure
+
+    found = load_structure(model, optimizer)
+    description = describe(found.model, found.optimizer, tokens_per_step=found.tokens_per_step)
+    if picture is not None:
+        description.draw(picture)
+    print(description.to_json() if as_json else description)
+
+
+@app.command()
 def bench(
     suite: Annotated[str, typer.Argument(help="Which experiments of the paper: optim.")],
     only: Annotated[

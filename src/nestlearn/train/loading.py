@@ -40,7 +40,7 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     folder = find_path(path, "model folder")
     if not folder.is_dir():
         raise UserError(f"no model folder {str(path)!r}: give the run folder of `nestlearn train`")
-    config = _config(folder)
+    config = read_config(folder)
     _check_weights(folder)
     tokenizer = read_tokenizer(folder)
     model = _weights(folder, config)
@@ -54,7 +54,10 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     return model.eval(), tokenizer
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a causal language model. Raises `UserError` for a file that is missing, damaged or of
+    another kind of model.
+    """
     path = folder / "config.json"
     if "model_type" not in _json(path):
         raise UserError(f"{path} names no model_type: it is not the config.json of a language model")
