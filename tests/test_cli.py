@@ -87,6 +87,16 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (["eval", "absent", "--data", "stdlib"], "no model folder 'absent'"),
         (["eval", "absent"], "Missing option '--data'"),
         (["eval", "absent", "--data", "absent.txt"], "absent.txt"),
+        (["eval"], "nothing to evaluate: give MODEL and --data, or --suite core"),
+        (["eval", "absent", "--suite", "core"], "MODEL is not for --suite: leave one of them out"),
+        (["eval", "--suite", "core", "--context", "5"], "--context is not for --suite"),
+        (["eval", "--suite", "core", "--carry-state"], "--carry-state is not for --suite"),
+        (["eval", "absent", "--data", "stdlib", "--scale", "cpu"], "--scale is for --suite, not for a model"),
+        (["eval", "absent", "--data", "stdlib", "--workers", "1"], "--workers is for --suite, not for a model"),
+        (["eval", "--suite", "cor"], "unknown suite 'cor'; did you mean 'core'? (allowed: core)"),
+        (["eval", "--suite", "core", "--scale", "tpu"], "unknown scale 'tpu'; did you mean 'gpu'?"),
+        (["eval", "--suite", "core", "--only", "formal,mda"], "unknown task 'mda'"),
+        (["eval", "--suite", "core", "--workers", "0"], "--workers is the number of processes, 1 or more, got 0"),
         (["generate", "absent", "--prompt", "x"], "no model folder 'absent'"),
         (["generate"], "Missing argument 'model'"),
         (["bench"], "Missing argument 'suite'"),
@@ -232,15 +242,33 @@ def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert "absent" in err
 
 
+def test_eval_suite(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from nestlearn.tasks.core import formal
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(formal, "ROWS", {"lstm": ("lstm", {}), "hope, chunk 4": ("hope", {"chunk_size": 4})})
+    words = ["eval", "--suite", "core", "--only", "formal", "--scale", "smoke", "--workers", "1"]
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 0
+    assert "formal, learning rates: 100%" in err
+    assert out.split() == ["report:", *(f"runs/eval-core-smoke/report/report.{end}" for end in ("md", "html"))]
+    assert "(aa)*" in (tmp_path / "runs" / "eval-core-smoke" / "report" / "report.html").read_text()
+    code, as_json, err = run(capsys, monkeypatch, *words, "--json")
+    result = json.loads(as_json)
+    assert (code, err, as_json.count("\n")) == (0, "", 1)
+    assert result["tasks"]["formal"]["Parity"]["hope, chunk 4"]["state"] == "finished"
+
+
+@pytest.mark.parametrize("command", ["bench optim", "eval --suite core"])
 @pytest.mark.parametrize("message", ["interrupted: 1 of 2 cells are kept", ""])
-def test_ctrl_c_in_bench_is_130(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, message: str
+def test_ctrl_c_in_a_suite_is_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, message: str, command: str
 ) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt(*filter(None, [message]))
 
-    monkeypatch.setattr("nestlearn.tasks.optim.run", interrupted)
-    code, out, err = run(capsys, monkeypatch, "bench", "optim", "--out", str(tmp_path))
+    monkeypatch.setattr(f"nestlearn.tasks.{command.split()[-1]}.run", interrupted)
+    code, out, err = run(capsys, monkeypatch, *command.split(), "--out", str(tmp_path))
     assert (code, out, err) == (130, "", f"{message or 'interrupted'}\n")
 
 

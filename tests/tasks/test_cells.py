@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from nestlearn.errors import UserError
-from nestlearn.tasks.cells import Cell, diverged, run_cells
+from nestlearn.tasks.cells import Cell, commit, diverged, finished_cells, run_cells
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +64,30 @@ def test_a_finished_cell_is_never_run_again(tmp_path: Path) -> None:
     assert kept["function"].endswith("test_cells.square")
     assert kept["result"]["square"] == 4
     assert kept["seconds"] >= 0
+
+
+def test_what_is_kept_can_be_read_without_running(tmp_path: Path) -> None:
+    run_cells(squares(tmp_path, range(1)), tmp_path)
+    kept = finished_cells(squares(tmp_path, range(2)), tmp_path)
+    assert list(kept) == ["square-0"]
+    assert kept["square-0"]["result"]["square"] == 0
+    assert kept["square-0"]["commit"] == commit()
+    assert (tmp_path / "log").read_text() == "0\n"
+
+
+def test_the_commit_is_this_repository_s() -> None:
+    words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    asked = subprocess.run(words, capture_output=True, text=True)
+    if asked.returncode != 0:
+        pytest.skip("not a git repository")
+    found = commit()
+    assert found is not None
+    assert asked.stdout.startswith(found.removesuffix("-dirty"))
+
+
+def test_the_bar_counts_what_comes_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_cells(squares(tmp_path, range(2)), tmp_path, label="squares", later=6)
+    assert "squares:  25%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def run(only: Sequence[str], scale: str, data: str | None, out: Path, workers: i
 
     def keep(name: str, plan: Plan) -> None:
         found[name] = outcomes(plan, out)
-        kept = {**provenance(name, scale, data), "recipe": plan.recipe(), "found": found[name]}
+        order = [[setting, list(models)] for setting, models in found[name].items()]  # files are sorted by name
+        kept = {**provenance(name, scale, data), "recipe": plan.recipe(), "found": found[name], "order": order}
         write_json(out / "tasks" / f"{name}.json", kept)
 
     try:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.errors import UserError, nearest
-from nestlearn.tasks.core.languages import LANGUAGES, Batch, Language, Word, collate, sample, test_words
+from nestlearn.tasks.core.languages import LANGUAGES, Batch, Language, Word, collate, fixed_words, sample
 from nestlearn.tasks.core.models import Size, build, missing
 from nestlearn.tasks.core.paper import TABLE_5, TABLE_5_LANGUAGES
 from nestlearn.tasks.core.plan import Plan, Row
@@ -120,10 +120,10 @@ def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
             for bin, shift, fill in ((0, 0.15, colour), (1, -0.15, "white")):
                 scores = [run[f"bin{bin}"] for run in runs]
                 places = [place + shift] * len(scores)
-                axes.plot(scores, places, "o", color=colour, markerfacecolor=fill, markersize=6, clip_on=False)
+                axes.plot(scores, places, "o", color=colour, markerfacecolor=fill, markersize=6)
         axes.set_title(language, fontsize=11)
         axes.set_yticks(range(len(names)), names, fontsize=9)
-        axes.set_xlim(0, 100)
+        axes.set_xlim(-4, 104)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -187,7 +187,7 @@ def train_one(
     network = build(model, len(rules.symbols), rules.outputs, Size(**(size or {})), options).to(device)
     optimizer = build_optimizer("adamw", network, lr, WEIGHT_DECAY)
     generator = np.random.default_rng([seed, 0])
-    validation = test_words(rules, longest, 0, VALIDATION_WORDS, VALIDATION_SEED)
+    validation = fixed_words(rules, longest, 0, VALIDATION_WORDS, VALIDATION_SEED)
     result: dict[str, Any] = {"parameters": count_parameters(network), "curve": [], "diverged": False}
     sizes = rules.sizes(longest, 0)
     end, perfect = steps, 0
@@ -218,7 +218,7 @@ def train_one(
     found = evaluate(network, rules, validation, device)
     result |= {"validation_error": 100 - found["words"], "validation_loss": found["loss"], "steps": end}
     for bin in (0, 1):
-        found = evaluate(network, rules, test_words(rules, longest, bin, TEST_WORDS, TEST_SEED), device)
+        found = evaluate(network, rules, fixed_words(rules, longest, bin, TEST_WORDS, TEST_SEED), device)
         result |= {f"bin{bin}": found["words"], f"symbols{bin}": found["positions"]}
     return result | {"seconds": time.perf_counter() - began}
 

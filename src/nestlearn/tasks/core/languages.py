@@ -85,7 +85,7 @@ def sample(language: Language, sizes: Sequence[int], count: int, generator: np.r
     return [language.word(int(size), generator) for size in generator.choice(np.array(sizes), count)]
 
 
-def test_words(language: Language, longest: int, bin: int, count: int, seed: int) -> list[Word]:
+def fixed_words(language: Language, longest: int, bin: int, count: int, seed: int) -> list[Word]:
     """The fixed words of a bin: all if there is one of a size, else ``count`` drawn by ``seed``."""
     sizes = language.sizes(longest, bin)
     generator = np.random.default_rng([seed, bin])

@@ -47,11 +47,12 @@ def write(out: Path) -> dict[str, str]:
         module = import_module(TASKS[name])
         parts.append(f"## {module.TITLE}\n")
         if not path.exists():
-            parts.append("not run\n")
+            parts.append("Not run.\n")
             continue
         kept = read_json(path, f"delete it and run nestlearn eval --suite core --only {name} again")
+        found = {setting: {m: kept["found"][setting][m] for m in models} for setting, models in kept["order"]}
         parts += [f"    {kept['command']}\n", f"{kept['machine']}\n", recipe(kept["recipe"])]
-        parts += [module.section(kept["found"], folder), *not_run(kept["found"]), runs(kept["found"], kept["recipe"])]
+        parts += [module.section(found, folder), *not_run(found), runs(found, kept["recipe"])]
     text = "\n".join(parts)
     # The page's own Markdown is trusted: it holds <br> and <details>.
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
@@ -155,13 +156,18 @@ def order_section(sentences: Sequence[str]) -> str:
 
 def not_run(found: Found) -> Iterator[str]:
     """A sentence for every reason why rows have no number."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for setting, models in found.items():
         for model, outcome in models.items():
             if outcome["state"] == "not run":
-                reasons.setdefault(outcome["reason"] or "not started", []).append(f"{model} on {setting}")
+                rows = reasons.setdefault(outcome["reason"] or "not started", {})
+                rows.setdefault(model, []).append(setting)
     for reason, rows in reasons.items():
-        yield f"not run ({reason}): {'; '.join(rows)}\n"
+        names = [
+            model if len(settings) == len(found) else f"{model} on {', '.join(settings)}"
+            for model, settings in rows.items()
+        ]
+        yield f"Not run, {reason}: {'; '.join(names)}.\n"
 
 
 def runs(found: Found, plan: Mapping[str, Any]) -> str:
