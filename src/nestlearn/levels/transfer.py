@@ -83,8 +83,11 @@ def descend(
     create_graph = torch.is_grad_enabled() and not first_order
     for step, context in enumerate(contexts, start=1):
         with torch.enable_grad():
+            # Aliases: another block may have been updated by a gradient that depends on a parameter that rests, and the
+            # derivative wanted is the one at the present values of all.
+            at = {name: p.view_as(p) for name, p in now.items()}
             gradients = torch.autograd.grad(
-                loss(now, context), list(now.values()), create_graph=create_graph, materialize_grads=True
+                loss(at, context), list(at.values()), create_graph=create_graph, materialize_grads=True
             )
         for name, gradient in zip(list(now), gradients, strict=True):
             gradient = gradient if create_graph else gradient.detach()
@@ -108,7 +111,7 @@ def adapt(
     """The parameters of ``module`` after ``steps`` of `descend` on one task, from where they stand now.
 
     Args:
-        module: its parameters are the initial state, and stay as they are.
+        module: its parameters are the initial state, and stay as they are; frozen ones are left out.
         support: inputs and targets of the task.
         loss: of the module's output and the targets, a scalar.
         lr: inner step size, in units of the parameter per unit of gradient.
@@ -129,7 +132,8 @@ def adapt(
     def inner(parameters: Parameters, task: Pair) -> Tensor:
         return loss(functional_call(module, parameters, (task[0],)), task[1])
 
-    return descend(inner, dict(module.named_parameters()), [support] * steps, lr, periods, first_order)
+    start = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return descend(inner, start, [support] * steps, lr, periods, first_order)
 
 
 def initialisation(

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from nestlearn.levels.describe import own_layers
 from nestlearn.levels.describe.parts import PAIR, SURPRISE, Link, Part, size
-from nestlearn.levels.frequency import FROZEN, NON_PARAMETRIC, UpdateFrequency
+from nestlearn.levels.frequency import FROZEN, UpdateFrequency
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 # Mixers that carry a state along the sequence; some of them call themselves attention.
 RECURRENT = re.compile(
     r"mamba|delta_?net|linear_?attention|retention|rwkv\w*attention|recurrent|\bssm|lstm|gru$", re.IGNORECASE
 )
+NO_MIXER = re.compile(r"Norm|MLP|FeedForward|Expert|Embedding", re.IGNORECASE)
 # Structure and context of a module's weights, by its class name; the first that fits.
 WEIGHTS = (
     (re.compile(r"Embedding"), "table", "token id -> -dL/dy"),
@@ -25,6 +26,7 @@ WEIGHTS = (
     (re.compile(r"^(Causal)?Conv(?!1D)|Conv\dd"), "matrix over patches", "patch -> -dL/dy"),
     (re.compile(r"Linear|Conv1D|Dense"), "matrix", PAIR),
 )
+JOIN = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass
@@ -70,7 +72,8 @@ def take_apart(model: nn.Module) -> Anatomy:
         for key, b in buffers.items():
             anatomy.parts.append(_buffer(path, name, key, b))
         if not (own or buffers or states):
-            counter = anatomy.containers if module._modules else anatomy.functions
+            joins = bool(module._modules) or isinstance(module, JOIN)
+            counter = anatomy.containers if joins else anatomy.functions
             counter[name] += 1
     return anatomy
 
@@ -146,27 +149,9 @@ def _states(path: str, module: nn.Module, own: bool, buffers: dict[str, Tensor])
         return []
     if _innermost(module, _is_recurrent):
         return [_recurrent(path, name, None)]
-    if _innermost(module, _is_attention) and not _is_recurrent(module):
-        return [_attention(path, module)]
+    if _innermost(module, _is_attention):
+        return [own_layers.attention(path, module)]
     return []
-
-
-def _attention(path: str, module: nn.Module) -> Part:
-    """Eq. 62 and 63: a non-parametric memory, solved anew for every query."""
-    window = getattr(module, "sliding_window", None)
-    reach = f"last {window} tokens" if isinstance(window, int) and window > 0 else "tokens of the sequence"
-    return Part(
-        path,
-        "attention",
-        "context",
-        f"non-parametric: its context ({type(module).__name__})",
-        "sum_i s(k_i, q) ||v_i - m||^2",
-        f"{reach}: k -> v",
-        "Nadaraya-Watson: solved anew for every query",
-        NON_PARAMETRIC,
-        None,  # grows with the sequence
-        links=(Link("context generation", (path, "*"), "keys, values", outward=False),),
-    )
 
 
 def _recurrent(path: str, name: str, state: int | None) -> Part:
@@ -231,13 +216,17 @@ def _has_projections(module: nn.Module) -> bool:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return bool(ATTENTION.search(name)) and "Norm" not in name and _has_projections(module)
+    return _is_called(module, ATTENTION) and not _is_recurrent(module)
 
 
 def _is_recurrent(module: nn.Module) -> bool:
+    # The logarithm of a state-space model's decay has this name everywhere.
+    return "A_log" in module._parameters or _is_called(module, RECURRENT)
+
+
+def _is_called(module: nn.Module, words: re.Pattern[str]) -> bool:
     name = type(module).__name__
-    return bool(RECURRENT.search(name)) and "Norm" not in name and _has_projections(module)
+    return bool(words.search(name)) and not NO_MIXER.search(name) and _has_projections(module)
 
 
 def _innermost(module: nn.Module, test: Callable[[nn.Module], bool]) -> bool:

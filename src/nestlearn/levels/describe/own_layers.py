@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from nestlearn.levels.describe.parts import Link, Part, size
-from nestlearn.levels.frequency import UpdateFrequency
+from nestlearn.levels.frequency import NON_PARAMETRIC, UpdateFrequency
 from nestlearn.ops import MEMORY, WriteRule
 
 CONTINUUM, LEVEL = "ContinuumMemory", "ContinuumLevel"
@@ -81,22 +81,49 @@ def _mixer(path: str, layer: Any) -> list[Part]:
     """Eq. 62 to 69 and 83 to 90: writes count per token, what is read of a chunk is its anchor's state."""
     rule, others = layer.rule, _adaptive(layer)
     waits = "each token is written, reads wait for the chunk"
-    main = _memories(path, layer, "main memory", [MEMORY], rule.chunk_size, waits)
-    if rule.read == "inclusive":
-        main = replace(main, rule=main.rule.replace(waits, "each token is written, then read"))
+    reads = waits if rule.read == "anchor" else "each token is written, then read"
+    main = _memories(path, layer, "main memory", [MEMORY], 1 if _exact(layer) else rule.chunk_size, reads)
     parts = [main]
+    if getattr(getattr(layer, "design", None), "attention", False):  # AdaTransformer: attention makes the query
+        parts = [attention(path, layer, Link("direct", main.key, "query")), main]
     if others:
         named = f"memories {', '.join(others)}"
         main = replace(main, links=(*main.links, Link("context generation", (path, named), "k, v, gates", False)))
         parts = [_memories(path, layer, named, others, rule.other, waits), main]
     if getattr(layer, "momentum", None) is None:
         return parts
-    momenta = []
-    for part in parts:
+    written, momenta = [part for part in parts if part.kind == "state"], []
+    for part in written:
         role = f"momentum of {part.role}"
         step = replace(part, role=role, objective="<S, dL/dM>", rule="gradient descent, learned decay", links=())
         momenta.append(replace(step, links=(Link("direct", part.key, "S"),)))
-    return [*momenta, *(replace(p, needs=(m.key,)) for p, m in zip(parts, momenta, strict=True))]
+    return [*momenta, *(replace(p, needs=(m.key,)) for p, m in zip(written, momenta, strict=True))]
+
+
+def _exact(layer: Any) -> bool:
+    """Whether every token changes what the next one reads, so that the chunk size is a matter of speed alone."""
+    rule = layer.rule
+    own_error = rule.update in ("delta", "oja") or (rule.update == "dgd" and rule.objective == "dot")
+    return own_error and rule.read == "inclusive" and not _adaptive(layer)
+
+
+def attention(path: str, module: Any, *links: Link) -> Part:
+    """Eq. 62 and 63: a non-parametric memory, solved anew for every query."""
+    windows = [getattr(module, name, None) for name in ("sliding_window", "window")]
+    window = next((w for w in windows if isinstance(w, int) and w > 0), None)
+    reach = "tokens of the sequence" if window is None else f"last {window} tokens"
+    return Part(
+        path,
+        "attention",
+        "context",
+        f"non-parametric: its context ({type(module).__name__})",
+        "sum_i s(k_i, q) ||v_i - m||^2",
+        f"{reach}: k -> v",
+        "Nadaraya-Watson: solved anew for every query",
+        NON_PARAMETRIC,
+        None,  # grows with the sequence, up to the window
+        links=(Link("context generation", (path, "*"), "keys, values", outward=False), *links),
+    )
 
 
 def _memories(path: str, layer: Any, role: str, names: list[str], chunk: int, reads: str) -> Part:
