@@ -21,6 +21,11 @@ from nestlearn.nn import SelfReferentialTitans
     [
         ({"num_hidden_layers": 1, "block_types": ["hopp"]}, "'hopp': did you mean 'hope'"),
         ({"num_hidden_layers": 1, "block_types": ["hope-atention"]}, "did you mean 'hope-attention'"),
+        ({"num_hidden_layers": 1, "block_types": ["gated-delta-net"]}, "did you mean 'gated-deltanet'"),
+        ({"num_hidden_layers": 1, "block_types": ["titan"]}, "did you mean 'titans'"),
+        ({"attention_window": 0}, "attention_window=0: must be at least 1"),
+        ({"omega_window": 0}, "omega_window=0: must be at least 1"),
+        ({"lp_power": 0.5}, "lp_power=0.5: must be at least 1"),
         ({"num_hidden_layers": 3, "block_types": ["hope"]}, "names 1 blocks, but num_hidden_layers=3"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size=30 is not a multiple"),
         ({"chunk_size": 0}, "chunk_size=0: must be at least 1"),

@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Trainer, T
 
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.errors import UserError
+from nestlearn.nn import DESIGNS
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 40,
@@ -82,6 +83,38 @@ def test_attention_blocks_have_the_gradients_of_llama() -> None:
     llama(x, labels=x).loss.backward()
     ours = model.model.layers[0].mixer.k_proj.weight.grad
     torch.testing.assert_close(ours, llama.model.layers[0].self_attn.k_proj.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_window_that_holds_everything_is_hope_attention() -> None:
+    levels: dict[str, Any] = {"cms_chunk_sizes": [4, 8]}
+    ours, full = hope(["sliding-window"] * 2, **levels), hope(["hope-attention"] * 2, **levels)
+    ours.load_state_dict(full.state_dict())
+    torch.testing.assert_close(ours(ids(2, 17)).logits, full(ids(2, 17)).logits, rtol=1e-4, atol=1e-5)
+    narrow = hope(["sliding-window"] * 2, attention_window=3, **levels)
+    narrow.load_state_dict(full.state_dict())
+    assert not torch.allclose(narrow(ids(2, 17)).logits, full(ids(2, 17)).logits, atol=1e-3)
+
+
+def test_options_reach_the_designs() -> None:
+    names = ["omega", "miras", "gated-deltanet", "linear-attention", "titans"]
+    options: dict[str, Any] = {"eta_max": 0.05, "norm_limit": None, "omega_window": 5, "lp_power": 1.5}
+    shape: dict[str, Any] = {"num_hidden_layers": 5, "memory_hidden_size": 6, "chunk_size": 3, "cms_chunk_sizes": [4]}
+    model = hope(names, **options, **shape)
+    omega, miras, gated, linear, titans = (block.mixer for block in model.model.layers)
+    assert (omega.rule.window, omega.rule.eta_max, omega.rule.norm_limit) == (5, 0.05, None)
+    assert (miras.rule.objective, miras.rule.chunk_size) == ("l1.5", 3)
+    assert gated.rule.eta_max == 0.05
+    assert linear.rule.eta_max == 2.0  # constant steps of 1
+    assert titans.start["memory"][0].shape == (3, 8, 6)
+    usual = hope(["omega", "gated-deltanet"], cms_chunk_sizes=[4])
+    assert [block.mixer.rule.norm_limit for block in usual.model.layers] == [2.0, None]
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_every_design_ends_in_the_continuum_memory(name: str) -> None:
+    for levels in ([4], [4, 8]):
+        (block,) = hope([name], num_hidden_layers=1, cms_chunk_sizes=levels).model.layers
+        assert len(block.memory.levels) == len(levels)
 
 
 def test_hope_attention_with_one_level_and_no_convolution_is_a_transformer() -> None:

@@ -16,7 +16,7 @@ from nestlearn.errors import UserError, nearest
 from nestlearn.memory import LinearMemory, MLPMemory
 from nestlearn.nn.attention import AttentionState, attend
 from nestlearn.nn.mixer import MemoryMixer, MemoryState, lifetime_bias, wide
-from nestlearn.ops import MEMORY, Start, WriteRule
+from nestlearn.ops import MEMORY, Start, WriteRule, kernel_for
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class MemoryLayer(MemoryMixer):
         self.bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(heads)) for name in design.gates})
         self.momentum = nn.Parameter(torch.zeros(heads)) if design.momentum else None
         self.reset_parameters()
+        kernel_for(self.initial(), rule)  # refuses a structure that the update cannot write
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
