@@ -87,7 +87,7 @@ def test_values_of_ones_choice():
         ({"hidden": 0}, "hidden=0"),
         ({"inner_steps": 1.5}, "inner_steps=1.5"),
         ({"inner_lr": 3.0}, "inner_lr=3.0"),
-        ({"objective": "l3"}, "did you mean 'l2'"),
+        ({"objective": "ll2"}, "did you mean 'l2'"),
         ({"output": "sgn"}, "did you mean 'sign'"),
     ],
 )

@@ -173,7 +173,7 @@ def test_users_mistakes_are_named() -> None:
         (lambda: DGD(layer, lr=-1.0), "lr=-1.0"),
         (lambda: DGD(layer.parameters()), "give it the module"),
         (lambda: GGD(layer, steps=0), "steps=0"),
-        (lambda: GGD(layer, objective="l3"), "unknown objective"),
+        (lambda: GGD(layer, objective="ll2"), "unknown objective"),
     ):
         with pytest.raises(UserError, match=message):
             wrong()

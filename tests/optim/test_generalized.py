@@ -137,7 +137,7 @@ def test_large_inputs_erase_no_more_than_what_is_there() -> None:
 def test_users_mistakes_are_named() -> None:
     for wrong, message in (
         (lambda: GeneralizedMomentum(nn.Linear(2, 2), momentum=1.5), "momentum=1.5"),
-        (lambda: GeneralizedMomentum(nn.Linear(2, 2), objective="l1"), "unknown objective"),
+        (lambda: GeneralizedMomentum(nn.Linear(2, 2), objective="ll1"), "unknown objective"),
         (lambda: GeneralizedMomentum([torch.ones(2)]), "give it the module"),
     ):
         with pytest.raises(UserError, match=message):

@@ -123,7 +123,11 @@ def test_batched_equals_single_also_when_a_gradient_was_missing():
     [
         ({"betas": (0.9, 0.99)}, "three fractions"),
         ({"betas": (0.9, 0.99, 1.2)}, "three fractions"),
+        ({"betas": 0.9}, "three fractions"),
         ({"chunk_size": 0}, "chunk_size=0"),
+        ({"chunk_size": True}, "chunk_size=True"),
+        ({"lr": "0.1"}, "lr='0.1'"),
+        ({"lr": None}, "lr=None"),
         ({"alpha": -1.0}, "alpha=-1.0"),
         ({"mode": "papr"}, "did you mean 'paper'"),
         ({"denom": "sqrt"}, "relative"),
@@ -132,3 +136,8 @@ def test_batched_equals_single_also_when_a_gradient_was_missing():
 def test_mistakes_are_one_line(wrong, words):
     with pytest.raises(UserError, match=words):
         M3([nn.Parameter(torch.zeros(2, 2))], **wrong)
+
+
+def test_a_module_is_not_a_list_of_parameters():
+    with pytest.raises(UserError, match=r"M3 got the module Linear: give its parameters, M3\(model.parameters"):
+        M3(nn.Linear(2, 2))

@@ -202,6 +202,12 @@ def test_orthogonal_gradients_leave_momentum_as_beta_to_the_n():
         close(optimizer.state[p]["momentum"] @ u, before * 0.9**n)
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e18, 1e30])
+def test_cubic_features_have_no_square_to_overflow(scale):
+    g = torch.tensor([1.0, -0.5, 0.25, 0.0]) * scale
+    close(cubic(g) / scale, torch.tensor([1.0, -0.5 * 0.625, 0.25 * 0.53125, 0.0]), 1e-6)
+
+
 def test_horizon_of_momentum():
     """Section 4.3: the last 7 gradients are half of an EMA of 0.9, the last 44 are 99 % (the print counts indices)."""
     weights = [0.1 * 0.9**i for i in range(200)]

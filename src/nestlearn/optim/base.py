@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestlearn.errors import UserError
@@ -40,6 +41,9 @@ class MemoryOptimizer(Optimizer):
     _pending: tuple[Tensor, Callable[[], None], list[Tensor]] | None = None  # a check that is under way; not copied
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        if isinstance(params, nn.Module):
+            name, given = type(self).__name__, type(params).__name__
+            raise UserError(f"{name} got the module {given}: give its parameters, {name}(model.parameters(), ...)")
         super().__init__(params, {"weight_decay": 0.0, **defaults})
 
     # For the subclass
@@ -232,10 +236,11 @@ def by_step(memories: list[State]) -> Iterator[tuple[int, list[int]]]:
 
 
 def check_range(optimizer: object, name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raise `UserError` unless ``low <= value <= high``."""
-    if not low <= float(value) <= high:
+    """Raise `UserError` unless ``value`` is a number (or a tensor of one) and ``low <= value <= high``."""
+    number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not number or not low <= float(value) <= high:
         allowed = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
-        raise UserError(f"{type(optimizer).__name__} got {name}={value}: it must be {allowed}")
+        raise UserError(f"{type(optimizer).__name__} got {name}={value!r}: it must be {allowed}")
 
 
 def check_all(optimizer: object, group: dict[str, Any], ranges: Iterable[tuple[str, float, float]]) -> None:

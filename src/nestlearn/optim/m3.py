@@ -84,12 +84,12 @@ class M3(MatrixOptimizer):
             self, group, [("alpha", 0.0, math.inf), *([("eps", 0.0, math.inf)] if group["eps"] is not None else [])]
         )
         betas, chunk_size = group["betas"], group["chunk_size"]
-        if len(betas) != 3 or not all(0.0 <= beta <= 1.0 for beta in betas):
+        if not isinstance(betas, tuple | list) or len(betas) != 3 or not all(0.0 <= beta <= 1.0 for beta in betas):
             raise UserError(
                 f"M3 got betas={betas}: give three fractions, of fast momentum, second moment, slow momentum"
             )
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise UserError(f"M3 got chunk_size={chunk_size}: it must be a whole number of steps, 1 or more")
+        if type(chunk_size) is not int or chunk_size < 1:
+            raise UserError(f"M3 got chunk_size={chunk_size!r}: it must be a whole number of steps, 1 or more")
         for name, allowed in (("mode", MODES), ("denom", DENOMINATORS)):
             if group[name] not in allowed:
                 raise UserError(f"unknown {name} {group[name]!r} of M3: {nearest(str(group[name]), allowed)}")

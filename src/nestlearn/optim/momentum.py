@@ -8,6 +8,7 @@ own sign, also as in torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -112,11 +113,11 @@ def cubic(g: Tensor, largest: Tensor | None = None) -> Tensor:
     ``largest`` is the largest absolute element, that of ``g`` if it is not given.
     """
     largest = largest_element(g) if largest is None else largest
-    return g.square().mul_(0.5 / largest.square()).add_(0.5).mul_(g)
+    return g.mul(math.sqrt(0.5) / largest).square_().add_(0.5).mul_(g)
 
 
 def largest_element(g: Tensor) -> Tensor:
-    """The largest absolute element, and a tiny number instead of zero, whose square can be divided by."""
+    """The largest absolute element, and instead of zero a tiny number whose square can be divided by."""
     low, high = torch.aminmax(g)
     return torch.maximum(high, -low).clamp(min=1e-18)
 
