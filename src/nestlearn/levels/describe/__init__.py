@@ -159,8 +159,16 @@ def _transfers(rows: dict[str, list[_Piece]], row_of: dict[Key, list[str]]) -> I
 def _optimizer_transfers(rows: dict[str, list[_Piece]], outer: Plan) -> Iterator[Transfer]:
     """The architecture makes the optimizer's context, its gradients; what is stored of them is read into weights."""
     for name, found in rows.items():
-        for memory in found[0].rule.needs if found[0].rule else ():
-            yield Transfer("context generation", name, memory, "gradients")
+        rule = found[0].rule
+        if rule is None:
+            continue
+        if rule.error:
+            yield Transfer("context generation", name, rule.error, "gradients")
+            for reader in rule.needs or [name]:
+                yield Transfer("direct", rule.error, reader, "sum of gradients")
+        for memory in rule.needs:
+            if not rule.error:
+                yield Transfer("context generation", name, memory, "gradients")
             yield Transfer("direct", memory, name, "update")
 
 

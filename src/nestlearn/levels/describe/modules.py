@@ -71,7 +71,7 @@ def take_apart(model: nn.Module) -> Anatomy:
             anatomy.parts += _together(part, module, children, parameters, claimed)
         for key, b in buffers.items():
             anatomy.parts.append(_buffer(path, name, key, b))
-        if not (own or buffers or states):
+        if not (own or buffers) and (module._modules or not states):
             joins = bool(module._modules) or isinstance(module, JOIN)
             counter = anatomy.containers if joins else anatomy.functions
             counter[name] += 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ OF_THE_SHAPE = ("element-wise, shape of W", "matrix, shape of W")  # structures 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the outer optimizer updates a weight. ``needs``: names of the memories that the update reads.
+    """How the outer optimizer updates a weight.
 
-    ``objective`` and ``context`` are set where the weight is itself the optimizer's memory (Eq. 57 to 60).
+    ``needs``: names of the memories that the update reads; ``error``: of the box that gathers the weight's gradients
+    for them, if one does. ``objective`` and ``context`` are set where the weight is itself the optimizer's memory
+    (Eq. 57 to 60).
     """
 
     rule: str
@@ -35,6 +37,7 @@ class Rule:
     needs: tuple[str, ...] = ()
     objective: str = SURPRISE
     context: str = PAIR
+    error: str = ""
 
 
 @dataclass
@@ -94,7 +97,9 @@ def plan(optimizer: Optimizer | None) -> Plan:
             period = periods.get(p, 1)
             if p.requires_grad or (resting and p in periods):
                 needs = tuple(of[memory, group.key, period] for memory in group.memories)
-                found.rules[p] = group.rule(found.name, settings, period, needs)
+                rule = group.rule(found.name, settings, period, needs)
+                gathers = period > 1 and error != "last"
+                found.rules[p] = replace(rule, error=_error(period)) if gathers else rule
     if periods:
         found.name = f"{type(optimizer).__name__} of {found.name}"
         found.boxes += _kept(periods, error)
@@ -222,10 +227,12 @@ def _kept(periods: dict[nn.Parameter, int], error: str) -> list[Box]:
         held = sum(size(p) for p, c in periods.items() if c == period)
         once, shape = UpdateFrequency.every(1), OF_THE_SHAPE[0]
         rule = f"running sum, emptied every {period} steps"
-        boxes.append(
-            Box(f"error of {period} steps", once, "-<e, g>", "gradients of its weights", shape, rule, state=held)
-        )
+        boxes.append(Box(_error(period), once, "-<e, g>", "gradients of its weights", shape, rule, state=held))
     return boxes
+
+
+def _error(period: int) -> str:
+    return f"error of {period} steps"
 
 
 def _pair(memory: Any) -> str:

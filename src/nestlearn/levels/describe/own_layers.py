@@ -109,9 +109,11 @@ def _exact(layer: Any) -> bool:
 
 def attention(path: str, module: Any, *links: Link) -> Part:
     """Eq. 62 and 63: a non-parametric memory, solved anew for every query."""
-    windows = [getattr(module, name, None) for name in ("sliding_window", "window")]
-    window = next((w for w in windows if isinstance(w, int) and w > 0), None)
-    reach = "tokens of the sequence" if window is None else f"last {window} tokens"
+    # A layer says so itself, or else its model's configuration does.
+    places = [(module, "window"), (module, "sliding_window"), (getattr(module, "config", None), "sliding_window")]
+    window = next((getattr(place, name) for place, name in places if hasattr(place, name)), None)
+    limited = isinstance(window, int) and window > 0
+    reach = f"last {window} tokens" if limited else "tokens of the sequence"
     return Part(
         path,
         "attention",

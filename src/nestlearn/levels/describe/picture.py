@@ -15,6 +15,7 @@ from nestlearn.levels.system import Box, Level
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from nestlearn.levels.describe.description import Description
 
@@ -88,13 +89,20 @@ def draw(description: Description, path: Path) -> None:
     """Draw it to a file, written atomically. Raises `UserError` for an ending that matplotlib cannot write."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise UserError("a picture needs matplotlib: pip install 'nestlearn[train]'") from error
     kind = path.suffix.removeprefix(".").lower()
     allowed = FigureCanvasAgg.get_supported_filetypes()
     if kind not in allowed:
         raise UserError(f"cannot draw to {path}, whose ending is {path.suffix!r}; {nearest(kind, allowed)}")
+    canvas = FigureCanvasAgg(make_figure(description))
+    write_atomic(path, lambda beside: canvas.figure.savefig(beside, format=kind))
+
+
+def make_figure(description: Description) -> Figure:
+    """The picture, in inches, as high and as wide as it has to be."""
+    from matplotlib.figure import Figure
+
     bands = [_band(description, level) for level in description.system.levels]
     arrows = _arrows(description)
     for lane, arrow in enumerate(arrows):
@@ -114,7 +122,6 @@ def draw(description: Description, path: Path) -> None:
     width = max(right + LANE * (len(arrows) + 1 + bool(trained)) + MARGIN, 9.5)
     height = y + foot
     figure = Figure(figsize=(width, height), dpi=150)
-    FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
@@ -129,7 +136,7 @@ def draw(description: Description, path: Path) -> None:
     if trained:
         ends = [bands[i].height_of(_end(i, len(bands), len(arrows))) for i in trained]
         _loss(axes, right, right + LANE * (len(arrows) + 1), y + 0.12, ends)
-    write_atomic(path, lambda beside: figure.savefig(beside, format=kind))
+    return figure
 
 
 def _band(description: Description, level: Level) -> _Band:
