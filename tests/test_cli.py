@@ -316,3 +316,51 @@ def test_a_closed_pipe_ends_quietly_and_any_character_is_printed() -> None:
     assert process.stderr is not None
     assert process.stderr.read() == b""
     assert process.wait() == 141
+
+
+def test_levels_of_a_preset_a_recipe_and_a_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: Path, tmp_path: Path
+) -> None:
+    code, out, err = run(capsys, monkeypatch, "levels", "tiny")
+    assert (code, err) == (0, "")
+    assert out.startswith("HopeForCausalLM: 1,005,152 parameters, 3 levels; optimizer: AdamW\n")
+    assert max(map(len, out.splitlines())) <= 140
+    picture = tmp_path / "levels.png"
+    recipe = str(trained.parent / "recipe.toml")
+    code, out, _ = run(capsys, monkeypatch, "levels", recipe, "--optimizer", "m3", "--picture", str(picture), "--json")
+    assert code == 0
+    assert out.count("\n") == 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    of_recipe = json.loads(out)
+    assert (of_recipe["optimizer"], of_recipe["tokens_per_step"]) == ("M3", 64)
+    code, out, _ = run(capsys, monkeypatch, "levels", str(trained), "--json")
+    of_run = json.loads(out)
+    assert code == 0
+    assert (of_run["optimizer"], of_run["parameters"]) == ("AdamW", of_recipe["parameters"])
+    code, out, _ = run(capsys, monkeypatch, "levels", str(trained / "baseline"), "--json")
+    assert json.loads(out)["model"] == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["levels"], "Missing argument 'model'"),
+        (["levels", "tinny"], "no model folder or recipe file 'tinny', and no preset of this name; did you mean 'tiny"),
+        (["levels", "absent.toml"], "cannot read the recipe absent.toml: No such file or directory"),
+        (["levels", "."], "is no model folder: it has no config.json"),
+        (["levels", "tiny", "--optimizer", "adamm"], "unknown optimizer 'adamm'; did you mean 'adamw'?"),
+        (["levels", "tiny", "--picture", "levels.pgn"], "levels.pgn, whose ending is '.pgn'; did you mean 'png'"),
+    ],
+)
+def test_mistakes_in_levels(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert list(tmp_path.iterdir()) == []

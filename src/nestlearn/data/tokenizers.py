@@ -94,18 +94,28 @@ def reason(error: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _train_bpe(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase:
+def bpe_size(spec: str) -> int:
+    """The vocabulary that ``"bpe:SIZE"`` asks for, in tokens. Raises `UserError` for a size out of range.
+
+    >>> bpe_size("bpe:8192")
+    8192
+    """
     size = spec.partition(":")[2]
     least = 256 + len(SPECIAL)
     if not size.isdecimal() or len(size) > 9 or not least <= int(size) <= LARGEST:
         raise UserError(
             f"tokenizer {spec[:40]!r}: SIZE is the size of the vocabulary, {least} to {LARGEST}, as in bpe:8192"
         )
+    return int(size)
+
+
+def _train_bpe(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase:
+    size = bpe_size(spec)
     if corpus is None:
         raise UserError(f"tokenizer {spec!r} is trained on a corpus, and none is given: name one")
     tokenizer = _byte_level(models.BPE(), words=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=int(size),
+        vocab_size=size,
         min_frequency=2,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
         initial_alphabet=list(_byte_vocabulary()),

@@ -78,12 +78,10 @@ def _find(name: str) -> tuple[Recipe | None, PreTrainedConfig]:
 
 def _tokenizer(recipe: Recipe) -> Any:
     """The recipe's tokenizer; of one that would have to be trained on the data, its size."""
-    from nestlearn.data.tokenizers import load_tokenizer
+    from nestlearn.data.tokenizers import bpe_size, load_tokenizer
 
-    kind, _, size = recipe.data.tokenizer.partition(":")
-    if kind == "bpe" and size.isdecimal():
-        return _Size(int(size))
-    return load_tokenizer(recipe.data.tokenizer)
+    spec = recipe.data.tokenizer
+    return _Size(bpe_size(spec)) if spec.partition(":")[0] == "bpe" else load_tokenizer(spec)
 
 
 class _Size:
