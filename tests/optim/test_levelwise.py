@@ -23,6 +23,7 @@ from nestlearn.optim import (
     LevelwiseOptimizer,
     Momentum,
     NotFiniteGradient,
+    as_memory,
     matrix_groups,
     periods_of,
 )
@@ -299,6 +300,8 @@ def test_other_mistakes_are_refused_in_one_line() -> None:
         LevelwiseOptimizer(inner, periods_of(model, {"4": 2}))
     with pytest.raises(UserError, match="no steps and kept gradients of a LevelwiseOptimizer"):
         LevelwiseOptimizer(inner, {}).load_state_dict(inner.state_dict())
+    with pytest.raises(UserError, match=r"give as_memory its optimizer\.optimizer"):
+        as_memory(LevelwiseOptimizer(inner, {}))
     with pytest.raises(UserError, match="LBFGS evaluates the loss itself"):
         LevelwiseOptimizer(torch.optim.LBFGS(model.parameters()), {})
     with pytest.raises(UserError, match=r"DGD reads the inputs of its layers.*use error='last'"):

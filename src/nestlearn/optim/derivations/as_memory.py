@@ -16,6 +16,7 @@ from nestlearn.errors import UserError, nearest
 from nestlearn.optim.derivations import matrix_recurrences, own_memories, recurrences
 from nestlearn.optim.derivations.accumulators import Memory
 from nestlearn.optim.derivations.recurrences import GroupMemory, Settings
+from nestlearn.optim.levelwise import LevelwiseOptimizer
 
 KNOWN: dict[str, Callable[[Settings], GroupMemory]] = {
     "torch.optim.SGD": recurrences.sgd,
@@ -91,6 +92,10 @@ def as_memory(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"as_memory got {type(optimizer).__name__}: give it an optimizer (torch.optim.Optimizer)")
+    if isinstance(optimizer, LevelwiseOptimizer):
+        raise UserError(
+            "a LevelwiseOptimizer only says when: give as_memory its optimizer.optimizer, or see nestlearn.describe"
+        )
     kind = type(optimizer)
     package = kind.__module__.partition(".")[0]
     name = f"{package}.{kind.__name__}" if package == "pytorch_optimizer" else f"{package}.optim.{kind.__name__}"
