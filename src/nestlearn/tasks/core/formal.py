@@ -56,8 +56,8 @@ SIZE = {"dim": 64, "layers": 2, "heads": 4, "intermediate": 192}
 TINY = {"dim": 16, "layers": 1, "heads": 2, "intermediate": 24}
 RECIPES: dict[str, dict[str, Any]] = {
     "smoke": dict(size=TINY, steps=10, batch=8, longest=8, every=5, patience=0, device="cpu"),
-    "cpu": dict(size=SIZE, steps=1500, batch=32, longest=50, every=50, patience=5, device="cpu"),
-    "gpu": dict(size=SIZE | {"dim": 128, "intermediate": 384}, steps=5000, batch=128, longest=50, every=50, patience=5)
+    "cpu": dict(size=SIZE, steps=1500, batch=32, longest=50, every=50, patience=0, device="cpu"),
+    "gpu": dict(size=SIZE | {"dim": 128, "intermediate": 384}, steps=5000, batch=128, longest=50, every=50, patience=0)
     | {"device": "cuda"},
 }
 RATES = {"smoke": (3e-3,), "cpu": (1e-3, 3e-3, 1e-2), "gpu": (1e-3, 3e-3, 1e-2)}
@@ -150,14 +150,14 @@ def train_one(
     batch: int = 32,
     longest: int = 50,
     every: int = 50,
-    patience: int = 5,
+    patience: int = 0,
     device: str = "cpu",
     log: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """A cell: train a model on a language and test it on both bins.
 
-    The learning rate rises over `WARMUP` steps, stays, and falls to zero over the last `DECAY`. Once ``patience``
-    validations in a row are without an error, the fall begins at once.
+    The learning rate rises over `WARMUP` steps, stays, and falls to zero over the last `DECAY`. With a
+    ``patience`` the fall begins once so many validations in a row are without an error.
 
     Args:
         language: a name of `LANGUAGES`.
@@ -169,7 +169,8 @@ def train_one(
         steps, batch: the most optimizer steps, words of each.
         longest: the largest size of bin 0, in symbols (of a^n b^n and a^n b^n c^n: n).
         every: steps between two validations.
-        patience: perfect validations before the early end; 0 always trains ``steps``.
+        patience: perfect validations before the early end, for quick looks; 0 always trains ``steps``, as all recipes
+            do: an LSTM that stopped so had 42 % of the longer words of a^n b^n c^n, and trained on it had all.
         device: a torch device.
         log: gets a line at every validation.
 

@@ -37,8 +37,9 @@ class SelfReferentialMatrix(nn.Module):
             raise UserError(f"heads={heads} must divide dim={dim}")
         self.heads, self.width = heads, dim // heads
         self.rows = (self.width, self.width, self.width, 4)
-        # phi is a distribution over d channels, so W phi has about the scale of W / sqrt(d).
-        self.start = nn.Parameter(torch.randn(heads, sum(self.rows), self.width))
+        # phi is a distribution over d channels, so W phi has about the scale of W / sqrt(d). Of the scales 0.25, 1, 4
+        # the last learned Parity soonest: the keys, distributions too, then differ from the first step on.
+        self.start = nn.Parameter(4 * torch.randn(heads, sum(self.rows), self.width))
         self.out = nn.Linear(dim, dim, bias=False)
         nn.init.normal_(self.out.weight, std=1 / math.sqrt(dim))
         kinds = [kind for kind, count in enumerate(self.rows) for _ in range(count)]
