@@ -87,8 +87,8 @@ def test_bare_parameters_buffers_shared_modules_and_unknown_classes() -> None:
     found = describe(model, adamw(model))
     check_whole(model, found)
     rows = boxes(found)
-    assert rows["Oddity"].structure == "tensor (Oddity)"
-    assert rows["Oddity"].parameters == 16
+    bare = rows["{temperature,table}"]
+    assert (bare.structure, bare.parameters) == ("tensor (Oddity)", 16)
     assert rows["Oddity: average"].structure == "buffer (Oddity)"
     assert (rows["Oddity: average"].state, rows["Oddity: average"].frequency) == (7, FROZEN)
     assert rows["first"].parameters == 30

@@ -107,7 +107,7 @@ def _pieces(part: Part, outer: Plan, root: str) -> Iterator[_Piece]:
         yield _Piece(part.path or root, part, outer.rule(part.tied[0]))
     for rule, held in rules.items():
         path = part.path
-        if len(rules) > 1:
+        if len(rules) > 1 or part.structure.startswith("tensor ("):  # bare parameters go by their own names
             path = f"{path}.{braces([name for name, _ in held])}".lstrip(".")
         yield _Piece(path or root, replace(part, parameters=tuple(held)), rule)
 
