@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import nestlearn
 from nestlearn.errors import UserError
 from nestlearn.levels import FROZEN, NON_PARAMETRIC, Box, Description, UpdateFrequency, describe
 from nestlearn.levels.describe.grouping import group
-from nestlearn.nn import ContinuumLevel, ContinuumMemory, MemoryLayer, SelfReferentialTitans
+from nestlearn.nn import DESIGNS, ContinuumLevel, ContinuumMemory, MemoryLayer, SelfReferentialTitans
 from tests.levels.models import Nothing, Oddity, hope, llama, residual_net
 
 STEP, TOKEN = UpdateFrequency.every(1), UpdateFrequency.every(1, "token")
@@ -107,6 +108,14 @@ def test_models_that_are_one_layer_or_hold_nothing() -> None:
     assert "Nothing" in str(nothing)
 
 
+def test_names_that_others_have_and_buffers_beside_statistics() -> None:
+    model = nn.ModuleDict({"SGD m": nn.Linear(2, 2), "norm": nn.BatchNorm1d(2)})
+    model["norm"].register_buffer("other", torch.zeros(3))
+    found = describe(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    assert {"SGD m", "SGD m (2)", "norm: other", "norm: running statistics"} <= boxes(found).keys()
+    check_whole(model, found)
+
+
 def test_recurrent_layers_have_a_state_that_every_token_writes() -> None:
     model = nn.ModuleDict(
         {"lstm": nn.LSTM(4, 6, 2, bidirectional=True, proj_size=3), "gru": nn.GRU(4, 5), "cell": nn.LSTMCell(4, 2)}
@@ -126,7 +135,7 @@ def test_recurrent_layers_have_a_state_that_every_token_writes() -> None:
 
 
 def test_attention_of_pytorch() -> None:
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 3)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 3, enable_nested_tensor=False)
     found = describe(model, adamw(model))
     check_whole(model, found)
     attention = found.system["layers.0-2.self_attn: attention"]
@@ -263,6 +272,16 @@ def test_ada_transformer_is_attention_before_a_linear_memory() -> None:
     assert ("direct", "MemoryLayer: attention") in {
         (t.kind, t.source) for t in found.transfers("MemoryLayer: main memory")[0]
     }
+
+
+def test_attention_stays_where_the_memory_has_a_momentum() -> None:
+    design = replace(DESIGNS["ada-transformer"], momentum=True)
+    names = [name for level in levels(describe(MemoryLayer(16, 2, design=design))) for name in level]
+    assert [name for name in names if ":" in name][:3] == [
+        "MemoryLayer: attention",
+        "MemoryLayer: momentum of main memory",
+        "MemoryLayer: main memory",
+    ]
 
 
 def test_tokens_per_step_orders_memories_and_weights() -> None:

@@ -54,7 +54,8 @@ def describe(
     anatomy, outer = take_apart(model), plan(optimizer)
     pieces = [piece for part in anatomy.parts for piece in _pieces(part, outer, type(model).__name__)]
     grouped = group(pieces, lambda piece: piece.path, lambda piece: piece.sort)
-    rows = dict(zip(_row_names(grouped), (found for _, found in grouped), strict=True))
+    taken = [box.name for box in outer.boxes]
+    rows = dict(zip(_row_names(grouped, taken), (found for _, found in grouped), strict=True))
     row_of: dict[Key, list[str]] = {}
     for name, found in rows.items():
         for piece in found:
@@ -112,14 +113,18 @@ def _pieces(part: Part, outer: Plan, root: str) -> Iterator[_Piece]:
         yield _Piece(path or root, replace(part, parameters=tuple(held)), rule)
 
 
-def _row_names(grouped: list[tuple[str, list[_Piece]]]) -> list[str]:
-    names: list[str] = []
+def _row_names(grouped: list[tuple[str, list[_Piece]]], taken: list[str]) -> list[str]:
+    """A name for each group that no other box has."""
+    names = list(taken)
     for path, found in grouped:
         role = found[0].part.role
-        name = f"{path}: {role}" if role else path
-        taken = sum(other == name or other.startswith(f"{name} (") for other in names)
-        names.append(f"{name} ({taken + 1})" if taken else name)
-    return names
+        name = plain = f"{path}: {role}" if role else path
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{plain} ({number})"
+        names.append(name)
+    return names[len(taken) :]
 
 
 def _box(name: str, found: list[_Piece], row_of: dict[Key, list[str]]) -> Box:

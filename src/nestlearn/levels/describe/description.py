@@ -103,7 +103,8 @@ class Description:
 
         out = StringIO()
         console = Console(file=out, width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
-        head = f"{self.model}: {self.parameters:,} parameters, {len(self.system.levels)} levels"
+        count = len(self.system.levels)
+        head = f"{self.model}: {self.parameters:,} parameters, {count} level{'' if count == 1 else 's'}"
         console.print(f"{head}; optimizer: {self.optimizer}", markup=False, highlight=False)
         for level in self.system.levels:
             console.print(f"\n{_title(level)}", markup=False, highlight=False)

@@ -21,11 +21,12 @@ RECURRENT = re.compile(
 NO_MIXER = re.compile(r"Norm|MLP|FeedForward|Expert|Embedding", re.IGNORECASE)
 # Structure and context of a module's weights, by its class name; the first that fits.
 WEIGHTS = (
-    (re.compile(r"Embedding"), "table", "token id -> -dL/dy"),
-    (re.compile(r"Norm(?![a-z])|Norm$|LayerNorm|RMSNorm"), "vector, element-wise", "normalised x -> -dL/dy"),
-    (re.compile(r"^(Causal)?Conv(?!1D)|Conv\dd"), "matrix over patches", "patch -> -dL/dy"),
-    (re.compile(r"Linear|Conv1D|Dense"), "matrix", PAIR),
+    (re.compile(r"Embedding(Bag)?$"), "table", "token id -> -dL/dy"),
+    (re.compile(r"Norm(\dd|Gated)?$"), "vector, element-wise", "normalised x -> -dL/dy"),
+    (re.compile(r"Conv(Transpose)?\dd|Conv$"), "matrix over patches", "patch -> -dL/dy"),
+    (re.compile(r"Linear(\dbit\w*)?$|Conv1D$|Dense$"), "matrix", PAIR),
 )
+STATISTICS, KEPT = "running statistics", ("running_mean", "running_var", "num_batches_tracked")
 JOIN = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
@@ -62,10 +63,10 @@ def take_apart(model: nn.Module) -> Anatomy:
                 tied = tuple(module.parameters())
                 anatomy.parts.append(Part(path, "", "weights", f"the same {name} as {first}", tied=tied))
             continue
-        states = [*own_layers.states(path, module), *_states(path, module, bool(own), buffers)]
+        states = [*own_layers.states(path, module), *_states(path, module, buffers)]
         anatomy.parts += states
-        if any(part.role == "running statistics" for part in states):
-            buffers = {}
+        if any(part.role == STATISTICS for part in states):
+            buffers = {key: b for key, b in buffers.items() if key not in KEPT}
         anatomy.parts += _weights(path, module, own, parameters)
         for part, children in own_layers.weights(path, module):
             anatomy.parts += _together(part, module, children, parameters, claimed)
@@ -139,7 +140,7 @@ def _structure(module: nn.Module, own: list[tuple[str, nn.Parameter]]) -> tuple[
 # States: what the forward pass updates
 
 
-def _states(path: str, module: nn.Module, own: bool, buffers: dict[str, Tensor]) -> list[Part]:
+def _states(path: str, module: nn.Module, buffers: dict[str, Tensor]) -> list[Part]:
     name = type(module).__name__
     if "running_mean" in buffers and "running_var" in buffers:
         return [_running_statistics(path, module, buffers)]
@@ -184,7 +185,7 @@ def _running_statistics(path: str, module: nn.Module, buffers: dict[str, Tensor]
     step = "1/t" if momentum is None else f"{momentum:g}"
     return Part(
         path,
-        "running statistics",
+        STATISTICS,
         "state",
         f"average, element-wise ({type(module).__name__})",
         "1/2 ||m - batch mean||^2",

@@ -19,8 +19,8 @@ from nestlearn.ops import MEMORY, WriteRule
 CONTINUUM, LEVEL = "ContinuumMemory", "ContinuumLevel"
 START, ALONG = "start", "weights along the sequence"
 OTHERS, MAIN = "start of the memories", "start of the main memory"
-# Objectives and rules of `nestlearn.ops.WriteRule`; an update of another name has its objective's name and its own.
 PROJECTIONS = ("k", "v", "q", "eta", "alpha")
+# Objectives and updates of `nestlearn.ops.WriteRule` in words; "" leaves the objective to the rule's own.
 OBJECTIVES = {"dot": "-<M k, v>", "l2": "1/2 ||M k - v||^2"}
 UPDATES = {
     "dgd": ("", "DGD"),
@@ -97,7 +97,8 @@ def _mixer(path: str, layer: Any) -> list[Part]:
         role = f"momentum of {part.role}"
         step = replace(part, role=role, objective="<S, dL/dM>", rule="gradient descent, learned decay", links=())
         momenta.append(replace(step, links=(Link("direct", part.key, "S"),)))
-    return [*momenta, *(replace(p, needs=(m.key,)) for p, m in zip(written, momenta, strict=True))]
+    needing = [replace(part, needs=(m.key,)) for part, m in zip(written, momenta, strict=True)]
+    return [*(part for part in parts if part not in written), *momenta, *needing]
 
 
 def _exact(layer: Any) -> bool:
