@@ -18,7 +18,7 @@ from nestlearn.ops import kernel_for
 from tests.nn import zoo_textbook
 
 DIM, HEADS = 8, 2
-EXACT = [name for name, design in DESIGNS.items() if design.rule.objective == "dot"]
+EXACT = [name for name, design in DESIGNS.items() if not design.at_anchor]
 each_design = pytest.mark.parametrize("design", DESIGNS)
 
 
@@ -215,6 +215,18 @@ def test_a_design_of_ones_own() -> None:
     made = MemoryLayer(DIM, HEADS, design=own)
     assert made.rule.eta_max == 2.0
     assert made(torch.randn(1, 5, DIM))[0].shape == (1, 5, DIM)
+
+
+def test_steps_and_starts_that_suit_the_rule() -> None:
+    def fresh(design: str, chunk_size: int, **options: float) -> MemoryLayer:
+        return MemoryLayer(DIM, HEADS, chunk_size, design=design, **options)
+
+    assert [fresh("ttt-linear", c).rule.eta_max for c in (1, 8, 64)] == [0.5, 0.5, 4 / 64]
+    assert fresh("ttt-linear", 64, eta_max=0.3).rule.eta_max == 0.3
+    assert fresh("deltanet", 64).rule.eta_max == 1.0
+    assert torch.equal(fresh("ada-transformer", 4).start["memory"][0][1], torch.eye(4))
+    assert fresh("ttt-linear", 4).start["memory"][0].abs().max() < 0.1
+    assert not fresh("gated-deltanet", 4).start
 
 
 # Numbers and mistakes

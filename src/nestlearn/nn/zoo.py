@@ -40,13 +40,18 @@ class Design:
     momentum: bool = False
     attention: bool = False
 
+    @property
+    def at_anchor(self) -> bool:
+        """Whether the rule takes its gradients at the anchor: the chunk size is then the memory's update frequency.
+        Else the error is that of every single token, and the chunk size changes the speed and not the result."""
+        return self.rule.update == "omega" or (self.rule.update == "dgd" and self.rule.objective != "dot")
 
-# Rules whose error is that of every single token: the chunk size changes the speed and not the result.
+
 EXACT = WriteRule(self_values=False, retention="zero", bounded=False, normalize_v=False, norm_limit=None)
 HEBBIAN = replace(EXACT, delta=False, eta_max=2.0)  # constant steps of 1
-# Gradients at the anchor, as TTT and Titans take them: the chunk size is the memory's update frequency. Nothing erases
-# inside a chunk, hence small steps and a limit, as for the MLP memories of Hope.
-AT_ANCHOR = WriteRule(objective="l2", self_values=False, delta=False, eta_max=0.1)
+# Nothing erases inside a chunk, so steps are smaller and the state has a limit, as for the MLP memories of Hope.
+AT_ANCHOR = WriteRule(objective="l2", self_values=False, delta=False, eta_max=0.5)
+START_SCALE = 0.02
 
 DESIGNS = {
     "linear-attention": Design(replace(HEBBIAN, decay=False), gates=()),
@@ -82,7 +87,8 @@ class MemoryLayer(MemoryMixer):
         retained: initial retained fractions alpha per token of the first and the last head, where they are learned.
         gate: whether a static sigmoid gate multiplies the output.
         rope_theta: base of the rotary wavelengths, where the design has attention.
-        changes: fields of the design's :class:`nestlearn.ops.WriteRule` to replace, such as ``norm_limit``.
+        changes: fields of the design's :class:`nestlearn.ops.WriteRule` to replace, such as ``norm_limit``. Unless
+            ``eta_max`` is among them, step sizes at the anchor end at d / chunk_size at most.
 
     Raises:
         UserError: an unknown design, ``heads`` that do not divide ``dim``, or a value outside its range.
@@ -116,6 +122,9 @@ class MemoryLayer(MemoryMixer):
         if memory_hidden is not None and memory_hidden < 1:
             raise UserError(f"memory_hidden must be at least 1, got {memory_hidden}")
         rule = replace(design.rule, chunk_size=chunk_size, **changes)  # type: ignore[arg-type]
+        if design.at_anchor and "eta_max" not in changes:
+            # C random keys of width d add up to (1 + sqrt(C / d))^2 along one direction: a chunk should not overshoot.
+            rule = replace(rule, eta_max=min(rule.eta_max, dim / max(heads, 1) / chunk_size))
         super().__init__(dim, heads, rule, ("q", "k", "v", *design.gates), conv_size, gate)
         if design.attention and self.width % 2:
             raise UserError(f"attention of dim={dim} with heads={heads}: dim / heads must be an even integer")
@@ -136,8 +145,10 @@ class MemoryLayer(MemoryMixer):
         if self.design.learned_start:
             for parameter, drawn in zip(self._weights(), self.memory.init((self.heads,)), strict=True):
                 parameter.copy_(drawn)
-            if isinstance(self.memory, LinearMemory):  # M(x) = x: an untrained memory passes its query on
+            if self.design.attention:  # W = I: untrained, it passes on what attention gives
                 self._weights()[0].copy_(torch.eye(self.width))
+            elif isinstance(self.memory, LinearMemory):  # small, or it would drown what is learned in context
+                self._weights()[0].mul_(START_SCALE)
         for name, bias in self.bias.items():
             bias.copy_(lifetime_bias(self.retained, self.heads) if name == "alpha" else torch.zeros(self.heads))
         if self.momentum is not None:

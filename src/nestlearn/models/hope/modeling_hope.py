@@ -69,7 +69,7 @@ def make_design(config: HopeConfig, name: str) -> MemoryLayer:
     changes: dict[str, Any] = {}
     if config.eta_max is not None and "eta" in design.gates:
         changes["eta_max"] = config.eta_max
-    if design.rule.norm_limit is not None:
+    if design.at_anchor:
         changes["norm_limit"] = config.norm_limit
     if name == "omega":
         changes["window"] = config.omega_window
