@@ -147,7 +147,7 @@ class MemoryLayer(MemoryMixer):
                 parameter.copy_(drawn)
             if self.design.attention:  # W = I: untrained, it passes on what attention gives
                 self._weights()[0].copy_(torch.eye(self.width))
-            elif isinstance(self.memory, LinearMemory):  # small, or it would drown what is learned in context
+            elif isinstance(self.memory, LinearMemory):  # small, as TTT's
                 self._weights()[0].mul_(START_SCALE)
         for name, bias in self.bias.items():
             bias.copy_(lifetime_bias(self.retained, self.heads) if name == "alpha" else torch.zeros(self.heads))
