@@ -26,7 +26,10 @@ from typing import Any
 from nestlearn.errors import UserError, nearest
 from nestlearn.files import read_json, write_json
 
-TASKS = {"formal": "nestlearn.tasks.core.formal"}  # in the order of the report
+TASKS = {  # in the order of the report
+    "formal": "nestlearn.tasks.core.formal",
+    "forgetting": "nestlearn.tasks.core.forgetting",
+}
 SCALES = ("smoke", "cpu", "gpu")
 
 
