@@ -28,6 +28,7 @@ from nestlearn.files import read_json, write_json
 
 TASKS = {  # in the order of the report
     "formal": "nestlearn.tasks.core.formal",
+    "mad": "nestlearn.tasks.core.mad",
     "forgetting": "nestlearn.tasks.core.forgetting",
 }
 SCALES = ("smoke", "cpu", "gpu")
