@@ -29,6 +29,9 @@ from nestlearn.files import read_json, write_json
 TASKS = {  # in the order of the report
     "formal": "nestlearn.tasks.core.formal",
     "mad": "nestlearn.tasks.core.mad",
+    "babilong": "nestlearn.tasks.core.babilong",
+    "language": "nestlearn.tasks.core.language",
+    "ablation": "nestlearn.tasks.core.ablation",
     "forgetting": "nestlearn.tasks.core.forgetting",
 }
 SCALES = ("smoke", "cpu", "gpu")

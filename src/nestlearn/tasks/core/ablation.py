@@ -65,7 +65,8 @@ def plan(scale: str, data: str | None) -> Plan:
     """Every row of table 6 and every departure, as options of Hope."""
     absent = lacking(data, [language.CORPUS])
     shared = language.shared(scale, data) | language.TEXTS[scale][SETTING]
-    shared |= {"model": "hope", "contexts": [], "examples": language.shared_examples(scale, SETTING)}
+    examples = 0 if scale == "smoke" else language.shared_examples(scale, SETTING)
+    shared |= {"model": "hope", "contexts": [], "examples": examples}
     rows = [Row(SETTING, name, arguments(options, shared["size"]), absent) for name, options in (ROWS | OWN).items()]
     return Plan("ablation", language.train_one, shared, rows, RATES[scale], SEEDS[scale], language.CRITERION)
 
@@ -74,7 +75,7 @@ def arguments(options: Mapping[str, Any], size: Mapping[str, int]) -> dict[str, 
     """What makes a row of Hope's options, with the MLP width that gives it the parameters of Hope as shipped.
 
     >>> size = {"dim": 16, "layers": 1, "heads": 2, "intermediate": 24}
-    >>> arguments({"inner_k": False}, size)["size"]["intermediate"]
+    >>> arguments({}, size)["size"]["intermediate"]
     21
     """
     given = {**PAPERS, **options}

@@ -145,7 +145,11 @@ def _evaluate(
         with contextlib.redirect_stderr(io.StringIO()):  # its bars, one a task and more
             found = simple_evaluate(
                 model=HFLM(
-                    pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, max_length=LONGEST
+                    pretrained=model,
+                    tokenizer=tokenizer,  # type: ignore[arg-type]
+                    backend="causal",
+                    batch_size=batch,
+                    max_length=LONGEST,
                 ),
                 tasks=list(names),
                 task_manager=TaskManager(include_path=folder, include_defaults=False),
