@@ -29,6 +29,7 @@ from nestlearn.files import read_json, write_json
 TASKS = {  # in the order of the report
     "formal": "nestlearn.tasks.core.formal",
     "mad": "nestlearn.tasks.core.mad",
+    "niah": "nestlearn.tasks.core.niah",
     "babilong": "nestlearn.tasks.core.babilong",
     "language": "nestlearn.tasks.core.language",
     "ablation": "nestlearn.tasks.core.ablation",
