@@ -143,7 +143,8 @@ def train_one(
         lr: of AdamW; it rises over `WARMUP` steps and falls to zero over the last part.
         seed: of the weights and the training samples; test samples are the same for all.
         data: the folder of real data.
-        stages: ``[tokens of a stream, steps, whether only answers count]`` of the curriculum; see `Teller.example`.
+        stages: ``[tokens of a stream, steps, whether only answers count]`` of the curriculum, see `Teller.example`;
+            the last one has a length, at which is validated.
         ladder: ``[tokens of a stream, samples]`` to test, in rising order.
         batch: streams of a training step.
         vocabulary: most words.
