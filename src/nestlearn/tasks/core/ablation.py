@@ -10,6 +10,7 @@ learning rate, Hope's best on this text so far (`docs/results.md`), and the reci
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,13 +80,18 @@ def arguments(options: Mapping[str, Any], size: Mapping[str, int]) -> dict[str, 
     21
     """
     given = {**PAPERS, **options}
-
-    def count(width: int, options: Mapping[str, Any] | None = given) -> int:
-        return parameter_count(configure("hope", 1, Size(**{**size, "intermediate": width}), options))
-
-    target, one, two = count(size["intermediate"], None), count(UNIT), count(2 * UNIT)
-    width = UNIT * max(1, round(1 + (target - one) / (two - one)))  # the count is linear in it
+    one, two = (_count({**size, "intermediate": width}, given) for width in (UNIT, 2 * UNIT))
+    width = UNIT * max(1, round(1 + (_shipped(**size) - one) / (two - one)))  # the count is linear in it
     return {"options": given, "size": {**size, "intermediate": width}}
+
+
+def _count(size: Mapping[str, int], options: Mapping[str, Any] | None = None) -> int:
+    return parameter_count(configure("hope", 1, Size(**size), options))
+
+
+@functools.cache
+def _shipped(**size: int) -> int:
+    return _count(size)
 
 
 def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
