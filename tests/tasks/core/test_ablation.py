@@ -9,7 +9,7 @@ import torch
 
 from nestlearn.models.hope import HopeConfig
 from nestlearn.ops import WriteRule
-from nestlearn.tasks.core import SCALES, ablation, language
+from nestlearn.tasks.core import ablation, language
 from nestlearn.tasks.core.ablation import LETTER, OWN, PAPERS, ROWS, plan, section, with_averages
 from nestlearn.tasks.core.models import Size, language_model
 from nestlearn.tasks.core.paper import TABLE_6
@@ -46,7 +46,6 @@ def test_the_letter_is_the_rule_as_printed() -> None:
 
 
 def test_rows_have_the_parameters_of_hope_as_shipped(data: str) -> None:
-    assert {scale: plan(scale, None).search() for scale in SCALES} == dict.fromkeys(SCALES, {})
     made = plan("cpu", data)
     assert [row.model for row in made.rows] == [*ROWS, *OWN]
     assert all(row.reason is None for row in made.rows)
