@@ -101,6 +101,7 @@ CRITERION = ("validation_error", "validation_loss")
 WARMUP = 0.05  # of all steps
 WEIGHT_DECAY = 0.1  # decoupled, in units of the learning rate, on matrices
 CLIP = 1.0  # norm of the whole gradient
+GREY = "#888888"  # the plain transformer: there are more rows than colours
 POINTS = 10  # validations of a run
 VALIDATION_SEED, TEST_SEED = 1, 2  # training draws from seeds of its own
 EVALUATED = 128  # sequences at a time
@@ -186,14 +187,13 @@ def draw_figure(found: Mapping[str, Mapping[str, Any]], settings: Sequence[str],
     """A row a setting, a colour a model, a point a seed."""
     figure = new_figure(9, 1.6 + 0.36 * len(settings))
     axes = figure.subplots()
-    for number, row in enumerate(ROWS):
+    for number, (row, colour) in enumerate(zip(ROWS, (GREY, *PALETTE[1:], PALETTE[0]), strict=True)):
         points = [
             (run["accuracy"], place + 0.3 - 0.6 * number / (len(ROWS) - 1))
             for place, setting in enumerate(settings[::-1])
             for run in found[setting].get(row, {}).get("runs", [])
             if run.get("accuracy") is not None
         ]
-        colour = PALETTE[number % len(PALETTE)]
         axes.plot(*zip(*points, strict=True) if points else ([], []), "o", color=colour, markersize=4, label=row)
     axes.set_yticks(range(len(settings)), settings[::-1], fontsize=9)
     axes.set_xlim(-3, 103)

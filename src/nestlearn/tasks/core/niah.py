@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from nestlearn.errors import UserError
 from nestlearn.models.hope import HopeForCausalLM
-from nestlearn.tasks.core.mad import schedule
+from nestlearn.tasks.core.mad import GREY, schedule
 from nestlearn.tasks.core.models import Size, language_model, missing
 from nestlearn.tasks.core.needles import (
     END,
@@ -140,21 +140,22 @@ def draw_figure(outcomes: Mapping[str, Any], lengths: Sequence[int], path: Path)
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     trained = [run["trained_to"] for outcome in outcomes.values() for run in outcome.get("runs", [])]
     for axes, task in zip(panels.flat, TASKS, strict=True):
-        for number, model in enumerate(ROWS):
+        for model, colour in zip(ROWS, (GREY, *PALETTE[1:], PALETTE[0]), strict=True):
             mean = outcomes.get(model, {}).get("mean", {})
             points = [(n, mean[score_name(task, n)]) for n in lengths if score_name(task, n) in mean]
             xs, ys = zip(*points, strict=True) if points else ((), ())
             width = 2.4 if model == "hope" else 1.2
-            axes.plot(xs, ys, "o-", color=PALETTE[number % len(PALETTE)], markersize=4, linewidth=width, label=model)
+            axes.plot(xs, ys, "o-", color=colour, markersize=4, linewidth=width, label=model)
         for length in set(trained):
-            axes.axvline(length, color="#888888", linestyle=":")
+            axes.axvline(length, color=GREY, linestyle=":")
         axes.set_title(task, fontsize=11)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths], fontsize=9)
         axes.set_ylim(-4, 104)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("context (symbols); dotted: the longest in training", fontsize=10)
+    for axes in panels[-1]:
+        axes.set_xlabel("context (symbols); dotted: the longest in training", fontsize=9)
     figure.supylabel("right values (percent)", fontsize=10)
     legend_below(figure, panels.flat[0])
     return save_figure(figure, path)
