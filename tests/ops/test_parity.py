@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nestlearn.errors import UserError
 from nestlearn.memory import LinearMemory, MLPMemory
 from nestlearn.ops import MEMORY, PROJECTIONS, CoreState, Start, WriteRule, kernel_for, reference, self_modify
 
@@ -16,7 +17,13 @@ HEADS, WIDTH, HIDDEN = 2, 5, 7
 
 
 def make_start(
-    structure: str, adaptive: tuple[str, ...], *, seed: int = 0, momentum: bool = False, dtype=torch.float64
+    structure: str,
+    adaptive: tuple[str, ...],
+    *,
+    seed: int = 0,
+    momentum: bool = False,
+    accumulates: bool = False,
+    dtype=torch.float64,
 ) -> Start:
     g = torch.Generator().manual_seed(seed)
 
@@ -32,6 +39,8 @@ def make_start(
         bias={"eta": draw() - 2, "alpha": 2 + draw()},
         write_scale={name: 0.3 + draw() for name in names if name not in ("k", MEMORY)},
         momentum=0.3 + 0.5 * draw() if momentum else None,
+        erase=draw() if accumulates else None,
+        accumulates=torch.tensor([False, True]) if accumulates else None,
     )
 
 
@@ -49,7 +58,8 @@ def leaves(inputs: dict[str, Tensor], start: Start) -> dict[str, Tensor]:
     named |= {f"{n} weight {i}": w for n, ws in start.weights.items() for i, w in enumerate(ws)}
     named |= {f"bias {n}": t for n, t in start.bias.items()}
     named |= {f"scale {n}": t for n, t in start.write_scale.items()}
-    return named | ({} if start.momentum is None else {"momentum": start.momentum})
+    named |= {} if start.momentum is None else {"momentum": start.momentum}
+    return named | ({} if start.erase is None else {"erase": start.erase})
 
 
 def final_weights(state: CoreState, start: Start, rule: WriteRule) -> dict[str, tuple[Tensor, ...]]:
@@ -160,6 +170,23 @@ def test_every_rule_equals_the_oracle_in_float64(structure: str, momentum: bool,
     start = make_start(structure, ALL, momentum=momentum)
     rule = WriteRule(chunk_size=4, **RULES[name])
     errors = compare(start, rule, batch=2, tokens=11)
+    assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("name", ["default", "l2", "shared values", "toward zero, nothing bounded", "tight limit"])
+def test_heads_that_accumulate_equal_the_oracle(momentum: bool, name: str) -> None:
+    start = make_start("linear", ALL, momentum=momentum, accumulates=True)
+    errors = compare(start, WriteRule(chunk_size=4, **RULES[name]), batch=2, tokens=11)
+    assert max(errors.values()) < 1e-9, errors
+
+
+def test_a_share_of_the_erasure_equals_the_oracle_with_mlp_memories() -> None:
+    start = make_start("mlp", ALL, momentum=True, accumulates=True)
+    with pytest.raises(UserError, match="have linear memories"):
+        kernel_for(start, WriteRule())
+    start.accumulates = None
+    errors = compare(start, WriteRule(chunk_size=4), batch=2, tokens=11)
     assert max(errors.values()) < 1e-9, errors
 
 

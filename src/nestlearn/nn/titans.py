@@ -14,6 +14,9 @@ from nestlearn.memory import LinearMemory, MLPMemory
 from nestlearn.nn.mixer import MemoryMixer, MemoryState, lifetime_bias, wide
 from nestlearn.ops import GATES, MEMORY, Start, WriteRule
 
+# Where the sigmoids of a head start: 1 - 1e-6 retained, all but nothing written or erased, all but everything erased.
+ALWAYS, NEVER, FULLY = 14.0, -9.0, 5.0
+
 
 class SelfReferentialTitans(MemoryMixer):
     """Self-modifying sequence layer of Eq. 83-90, (B, T, dim) -> (B, T, dim), with state in and out.
@@ -41,7 +44,11 @@ class SelfReferentialTitans(MemoryMixer):
         write_scale: initial factor on what the projection memories write, learned per head through a sigmoid,
             in (0, 1); None writes in full as printed.
         retained: initial retained fractions alpha per token of the first and the last head, spaced evenly in
-            the logarithm of the memory's lifetime.
+            the logarithm of the memory's lifetime; heads that accumulate start at 1 - 1e-6.
+        accumulators: the last so many heads start as accumulators: they keep what they are given, erase nothing and
+            leave their projections as they are, and learn from there how much of each they want. They can count and
+            sum, which a memory that erases cannot; None means half of the heads for linear memories with the dot
+            product and none for others, 0 is the letter.
         gate: whether a static sigmoid gate multiplies the output.
         objective: ``"dot"``, ``"l2"`` or an Lp one such as ``"l3"``; None means what held up by measurement, dot for
             linear memories and l2 for MLP memories.
@@ -87,6 +94,7 @@ class SelfReferentialTitans(MemoryMixer):
         clip_values: bool = True,
         norm_limit: float | None = 2.0,
         retained: tuple[float, float] = (0.98, 0.998),
+        accumulators: int | None = None,
         gate: bool = True,
     ) -> None:
         if memory not in ("linear", "mlp"):
@@ -119,6 +127,14 @@ class SelfReferentialTitans(MemoryMixer):
         reads = {name: "k" if name in GATES or shared_input else name for name in adaptive}
         static = {name for name in inner if name not in adaptive}
         super().__init__(dim, heads, rule, static | set(reads.values()), conv_size, gate)
+        if accumulators is None:
+            accumulators = heads // 2 if memory == "linear" and rule.objective == "dot" else 0
+        if type(accumulators) is not int or not 0 <= accumulators <= (heads if memory == "linear" else 0):
+            raise UserError(
+                f"accumulators={accumulators!r}: it must be a number of heads from 0 to {heads}"
+                + ("" if memory == "linear" else "; MLP memories have none, so 0 or None")
+            )
+        self.accumulators = accumulators
         self.adaptive, self.reads = adaptive, reads
         self.retained, self.initial_write_scale = retained, write_scale
         d = self.width
@@ -133,6 +149,7 @@ class SelfReferentialTitans(MemoryMixer):
         scaled = self.adaptive if write_scale is not None else ()
         self.write_scale = nn.ParameterDict({name: nn.Parameter(torch.zeros(heads)) for name in scaled})
         self.momentum = nn.Parameter(torch.zeros(heads)) if momentum else None
+        self.erase = nn.Parameter(torch.zeros(heads)) if accumulators and delta else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -148,11 +165,17 @@ class SelfReferentialTitans(MemoryMixer):
                 # M(x) = x: the main memory stores values as they are, the others pass their own projection on.
                 self._weights(name)[0].copy_(torch.eye(self.width))
         if self.rule.decay:
-            self.bias["alpha"].copy_(lifetime_bias(self.retained, self.heads))
+            modifying = self.heads - self.accumulators
+            self.bias["alpha"][:modifying] = lifetime_bias(self.retained, modifying)
+            self.bias["alpha"][modifying:] = ALWAYS
         nn.init.zeros_(self.bias["eta"])
         for scale in self.write_scale.values():
             assert self.initial_write_scale is not None
             nn.init.constant_(scale, math.log(self.initial_write_scale / (1 - self.initial_write_scale)))
+            scale[self.heads - self.accumulators :] = NEVER
+        if self.erase is not None:
+            nn.init.constant_(self.erase, FULLY)
+            self.erase[self.heads - self.accumulators :] = NEVER
         if self.momentum is not None:
             nn.init.zeros_(self.momentum)
 
@@ -166,7 +189,15 @@ class SelfReferentialTitans(MemoryMixer):
             bias={name: wide(b) for name, b in self.bias.items()},
             write_scale={name: wide(s).sigmoid() for name, s in self.write_scale.items()},
             momentum=None if self.momentum is None else wide(self.momentum).sigmoid(),
+            erase=None if self.erase is None else wide(self.erase).sigmoid(),
+            accumulates=self._accumulates(),
         )
+
+    def _accumulates(self) -> Tensor | None:
+        if not self.accumulators:
+            return None
+        head = torch.arange(self.heads, device=self.norm.weight.device)
+        return head >= self.heads - self.accumulators
 
     def prepare(
         self, inputs: dict[str, Tensor], state: MemoryState | None, lengths: Tensor | None

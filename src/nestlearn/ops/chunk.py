@@ -32,9 +32,12 @@ def kernel_for(start: Start, rule: WriteRule) -> LinearKernel | MLPKernel:
     """The packed form of the memories in ``start``: linear if they have one weight matrix, MLP if two.
 
     Raises:
-        UserError: an update other than DGD for anything but one linear memory without momentum.
+        UserError: an update other than DGD for anything but one linear memory without momentum, or heads that
+            accumulate for MLP memories.
     """
     linear = len(start.weights[MEMORY]) == 1
+    if start.accumulates is not None and not linear:
+        raise UserError("heads that accumulate have linear memories: leave them out with MLP memories")
     if rule.update == "dgd":
         return LinearKernel(start, rule) if linear else MLPKernel(start, rule)
     if not linear or start.names != (MEMORY,) or start.momentum is not None:
@@ -120,7 +123,7 @@ def self_modify(
             eta, v = eta * log_alpha.exp(), v * (-log_alpha).exp().unsqueeze(-1)
         if rule.update == "oja":  # the delta rule of W^T, with keys v and values k
             k, v = v, k
-        segment = Segment.of(k, eta, log_alpha, start.momentum, valid, rule.erases)
+        segment = Segment.of(k, eta, log_alpha, start.momentum, valid, rule.erases, start.erase)
         y, current, momentum = kernel.advance(weights, current, momentum, q, v, segment)
         outputs.append(y)
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.memory import objectives
-from nestlearn.ops.rule import GATES, MEMORY, Start, WriteRule, clip, exceeds, shrink
+from nestlearn.ops.rule import GATES, MEMORY, REACH, Start, WriteRule, clip, exceeds, shrink
 from nestlearn.ops.segment import Segment
 
 Packed = tuple[Tensor, ...]
@@ -60,9 +60,15 @@ class LinearKernel:
 
     def limit(self, packed: Packed) -> Packed:
         """Each memory's matrix within the norm limit."""
-        bound = self.rule.norm_limit
-        if bound is None or not exceeds(packed[0].split(self.rows, dim=-2), bound):
+        bound: float | Tensor | None = self.rule.norm_limit
+        if bound is None:
             return packed
+        if self.start.accumulates is not None:
+            bound = bound * (1 + (REACH - 1) * self.start.accumulates.to(packed[0].dtype))
+        if not exceeds(packed[0].split(self.rows, dim=-2), bound):
+            return packed
+        if isinstance(bound, Tensor):
+            bound = bound[:, None, None]
         squares = packed[0].square().sum(-1, keepdim=True).split(self.rows, dim=-2)
         factors = [shrink(s.sum(-2, keepdim=True), (s.shape[-2], self.width), bound).expand_as(s) for s in squares]
         return (packed[0] * torch.cat(factors, dim=-2),)
@@ -84,7 +90,10 @@ class LinearKernel:
         rows = self.rows[:generated]
         made = (v @ anchor[0][..., : sum(rows), :].mT).split(rows, dim=-1) if rows else ()
         shared = [v] * (len(self.names) - generated)
-        return torch.cat([*(clip(part, self.rule) for part in made), *shared], dim=-1)
+        parts = [*(clip(part, self.rule) for part in made), *shared]
+        if self.start.accumulates is not None:
+            parts[-1] = torch.where(self.start.accumulates[:, None, None], v, parts[-1])
+        return torch.cat(parts, dim=-1)
 
     def advance(
         self,

@@ -20,6 +20,8 @@ PROJECTIONS = ("eta", "alpha", "k", "v", "q")
 GATES = ("eta", "alpha")
 MEMORY = "memory"
 """The name of the main memory, the one that is read to give the output (Eq. 83, 86)."""
+REACH = 1000.0
+"""How many times the norm limit the heads that accumulate may grow to."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,17 @@ class Start:
         write_scale: factor on the writes of a memory, each (H,); absent means 1. Small factors restrain
             self-modification without slowing the forgetting.
         momentum: retained fraction b of the inner update ``S_t = b S_{t-1} - eta grad`` in (0, 1), (H,), or None.
+        erase: share of the erasure ``eta k k^T`` that a head applies, in [0, 1], (H,); None means all of it.
+        accumulates: heads whose main memory is written with values as they are given, not with self-generated ones,
+            and has `REACH` times the norm limit, (H,) bool; None means no head. Linear memories alone have such heads.
     """
 
     weights: dict[str, Weights]
     bias: dict[str, Tensor]
     write_scale: dict[str, Tensor] = field(default_factory=dict)
     momentum: Tensor | None = None
+    erase: Tensor | None = None
+    accumulates: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -176,7 +183,7 @@ def limit(weights: Tensor, norm_limit: float | None) -> Tensor:
     return weights * shrink(weights.square().sum((-2, -1), keepdim=True), weights.shape[-2:], norm_limit)
 
 
-def exceeds(blocks: Iterable[Tensor], norm_limit: float) -> bool:
+def exceeds(blocks: Iterable[Tensor], norm_limit: float | Tensor) -> bool:
     """Whether any matrix (..., m, n) is past the limit. On an accelerator, where to look is to wait: always."""
     return any(
         w.device.type != "cpu"
@@ -185,7 +192,7 @@ def exceeds(blocks: Iterable[Tensor], norm_limit: float) -> bool:
     )
 
 
-def shrink(squares: Tensor, shape: tuple[int, ...], norm_limit: float) -> Tensor:
+def shrink(squares: Tensor, shape: tuple[int, ...], norm_limit: float | Tensor) -> Tensor:
     """The factor, at most 1, that keeps matrices of ``shape`` (m, n) with summed ``squares`` to the limit."""
     most = norm_limit**2 * min(shape)
-    return (most / squares.clamp_min(most)).sqrt()
+    return (most / squares.clamp(min=most)).sqrt()

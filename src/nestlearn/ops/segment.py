@@ -35,6 +35,7 @@ class Segment:
     Args:
         k: keys (B, H, c, d).
         eta: step sizes (B, H, c); zero where a token does not count.
+        erasing: step sizes of the erasure (B, H, c).
         gamma: (B, H, c), retained fraction of ``S_0`` after each token.
         ratio: ``Gamma`` (B, H, c, c), lower triangular.
         write: ``U`` (B, H, c, c), lower triangular; the same tensor as ``ratio`` without momentum.
@@ -47,6 +48,7 @@ class Segment:
 
     k: Float[Tensor, "*b c d"]
     eta: PerToken
+    erasing: PerToken
     gamma: PerToken
     erase: PerToken
     ratio: Table
@@ -66,9 +68,11 @@ class Segment:
         b: Float[Tensor, " H"] | None,
         valid: Float[Tensor, "B 1 c"] | None,
         delta: bool,
+        erase: Float[Tensor, " H"] | None = None,
     ) -> Segment:
-        """Tables from keys (B, H, c, d), ``eta`` and ``log_alpha`` (B, H, c), momentum fraction ``b`` (H,) and
-        which tokens count, ``valid`` (B, 1, c). A token that does not count leaves every state as it was."""
+        """Tables from keys (B, H, c, d), ``eta`` and ``log_alpha`` (B, H, c), momentum fraction ``b`` (H,), which
+        tokens count, ``valid`` (B, 1, c), whether anything is erased, ``delta``, and which share of ``eta``, ``erase``
+        (H,), None for all of it. A token that does not count leaves every state as it was."""
         if valid is not None:
             eta = eta * valid
             log_alpha = log_alpha * valid
@@ -86,16 +90,18 @@ class Segment:
             write = counts @ momentum[1]
             carry = (counts @ momentum[0].unsqueeze(-1)).squeeze(-1)
         gamma = log_gamma.exp()
-        strength = eta * (-log_alpha).exp()  # eta_t gamma_{t-1} / gamma_s = (eta_t / alpha_t) Gamma_ts
+        erasing = eta if erase is None else eta * erase[:, None]
+        strength = erasing * (-log_alpha).exp()  # eta_t gamma_{t-1} / gamma_s = (eta_t / alpha_t) Gamma_ts
         # The solve reads nothing on or above the diagonal.
         factor = strength.unsqueeze(-1) * ratio * (k @ k.mT) if delta else None
-        return cls(k, eta, gamma, strength * gamma, ratio, write, carry, momentum, factor, valid)
+        return cls(k, eta, erasing, gamma, strength * gamma, ratio, write, carry, momentum, factor, valid)
 
     def stacked(self) -> Segment:
         """The same tables for memories stacked in a dimension after the heads; nothing is erased there."""
         return Segment(
             k=self.k.unsqueeze(2),
             eta=self.eta.unsqueeze(2),
+            erasing=self.erasing.unsqueeze(2),
             gamma=self.gamma.unsqueeze(2),
             erase=self.erase.unsqueeze(2),
             ratio=self.ratio.unsqueeze(2),
@@ -119,8 +125,8 @@ class Segment:
             # Writes and erasures have the same table, so one solve gives their sum.
             return [(self.ratio, self._solve(h + erased))]
         assert self.carry is not None
-        erased = erased - (self.eta * _shift_rows(self.carry)).unsqueeze(-1) * (self.k @ p0.mT)
-        erased = erased - (self.eta.unsqueeze(-1) * _shift(self.write) * (self.k @ self.k.mT)) @ h
+        erased = erased - (self.erasing * _shift_rows(self.carry)).unsqueeze(-1) * (self.k @ p0.mT)
+        erased = erased - (self.erasing.unsqueeze(-1) * _shift(self.write) * (self.k @ self.k.mT)) @ h
         return [(self.write, h), (self.ratio, self._solve(erased))]
 
     def _solve(self, rows: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class HopeConfig(PreTrainedConfig):
         conv_size: taps of the causal convolution, in tokens.
         chunk_size, chunk_size_other, objective, read, delta, decay, momentum, inner_k, inner_v, inner_q,
             inner_gates, self_values, retention, write_scale, eta_max, bounded, normalize_v, clip_values,
-            norm_limit, retained, gate, shared_input: as in :class:`nestlearn.nn.SelfReferentialTitans`.
+            norm_limit, retained, accumulators, gate, shared_input: as in :class:`nestlearn.nn.SelfReferentialTitans`.
             Of these a layer of ``DESIGNS`` takes chunk_size, retained, gate, and eta_max where its step size is
             learned, norm_limit where it takes gradients at the anchor; the rest is its name's choice.
         memory_type, memory_hidden_size: its ``memory`` and ``memory_hidden``.
@@ -123,6 +123,7 @@ class HopeConfig(PreTrainedConfig):
     clip_values: bool = True
     norm_limit: float | int | None = 2.0
     retained: list[float | int] = field(default_factory=lambda: [0.98, 0.998])
+    accumulators: int | None = None
     gate: bool = True
     shared_input: bool = False
     attention_window: int = 256

@@ -38,7 +38,8 @@ from nestlearn.nn import (
 # Arguments of SelfReferentialTitans that HopeConfig has under the same name.
 TITANS_OPTIONS = ("chunk_size", "chunk_size_other", "conv_size", "objective", "read", "delta", "decay", "momentum")
 TITANS_OPTIONS += ("inner_k", "inner_v", "inner_q", "inner_gates", "self_values", "retention", "write_scale")
-TITANS_OPTIONS += ("eta_max", "bounded", "normalize_v", "clip_values", "norm_limit", "retained", "gate", "shared_input")
+TITANS_OPTIONS += ("eta_max", "bounded", "normalize_v", "clip_values", "norm_limit", "retained", "accumulators")
+TITANS_OPTIONS += ("gate", "shared_input")
 
 
 def make_titans(config: HopeConfig) -> SelfReferentialTitans:
