@@ -124,7 +124,7 @@ def test_200k_tokens_leave_the_state_finite_and_bounded(
         # Ten matrices of width 4 held to 2 sqrt(4) at their chunk boundaries have a norm of at most 13. Heads that
         # accumulate have a thousand times the limit.
         assert torch.stack(anchors).max() <= most
-        # Within a chunk a state overshoots by what one chunk writes: 0.1 |e| |h| a token for MLP memories, whose tripled
+        # Within a chunk a state overshoots by what one chunk writes, 0.1 |e| |h| a token for MLP memories: tripled
         # weights come to 200 with some seeds.
         assert torch.stack(norms).max() < inside
 
