@@ -46,9 +46,8 @@ class SelfReferentialTitans(MemoryMixer):
         retained: initial retained fractions alpha per token of the first and the last head, spaced evenly in
             the logarithm of the memory's lifetime; heads that accumulate start at 1 - 1e-6.
         accumulators: the last so many heads start as accumulators: they keep what they are given, erase nothing and
-            leave their projections as they are, and learn from there how much of each they want. They can count and
-            sum, which a memory that erases cannot; None means half of the heads for linear memories with the dot
-            product and none for others, 0 is the letter.
+            leave their projections as they are. They can count and sum, which a memory that erases cannot, and cost a
+            language model some of its quality (`docs/results.md`). Of linear memories only.
         gate: whether a static sigmoid gate multiplies the output.
         objective: ``"dot"``, ``"l2"`` or an Lp one such as ``"l3"``; None means what held up by measurement, dot for
             linear memories and l2 for MLP memories.
@@ -94,7 +93,7 @@ class SelfReferentialTitans(MemoryMixer):
         clip_values: bool = True,
         norm_limit: float | None = 2.0,
         retained: tuple[float, float] = (0.98, 0.998),
-        accumulators: int | None = None,
+        accumulators: int = 0,
         gate: bool = True,
     ) -> None:
         if memory not in ("linear", "mlp"):
@@ -127,12 +126,10 @@ class SelfReferentialTitans(MemoryMixer):
         reads = {name: "k" if name in GATES or shared_input else name for name in adaptive}
         static = {name for name in inner if name not in adaptive}
         super().__init__(dim, heads, rule, static | set(reads.values()), conv_size, gate)
-        if accumulators is None:
-            accumulators = heads // 2 if memory == "linear" and rule.objective == "dot" else 0
         if type(accumulators) is not int or not 0 <= accumulators <= (heads if memory == "linear" else 0):
             raise UserError(
                 f"accumulators={accumulators!r}: it must be a number of heads from 0 to {heads}"
-                + ("" if memory == "linear" else "; MLP memories have none, so 0 or None")
+                + ("" if memory == "linear" else "; MLP memories have none, so 0")
             )
         self.accumulators = accumulators
         self.adaptive, self.reads = adaptive, reads

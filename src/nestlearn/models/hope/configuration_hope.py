@@ -123,7 +123,7 @@ class HopeConfig(PreTrainedConfig):
     clip_values: bool = True
     norm_limit: float | int | None = 2.0
     retained: list[float | int] = field(default_factory=lambda: [0.98, 0.998])
-    accumulators: int | None = None
+    accumulators: int = 0
     gate: bool = True
     shared_input: bool = False
     attention_window: int = 256

@@ -54,6 +54,7 @@ OWN: dict[str, dict[str, Any]] = {
     "as shipped": dict.fromkeys(PAPERS, False),
     **PRINT,
     "the letter, chunk 16": {**LETTER, "chunk_size": 16},
+    "half of the heads accumulate": {"accumulators": 2},
     "static projections": {"inner_k": False, "inner_v": False, "inner_q": False, "inner_gates": False},
 }
 UNIT = 3  # channels, by which widths differ: the levels of Hope's continuum memory

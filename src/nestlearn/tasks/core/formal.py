@@ -48,9 +48,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "deltanet+conv, steps to 2": ("deltanet", {"eta_max": 2.0}),
     "titans, chunk 16": ("titans", {"chunk_size": 16}),
     "srwm": ("srwm", {}),
-    "hope, chunk 1": ("hope", {"chunk_size": 1}),
-    "hope, chunk 4": ("hope", {"chunk_size": 4}),
-    "hope, chunk 16": ("hope", {"chunk_size": 16}),
+    "hope, chunk 1": ("hope", {"chunk_size": 1, "accumulators": 2}),
+    "hope, chunk 4": ("hope", {"chunk_size": 4, "accumulators": 2}),
+    "hope, chunk 16": ("hope", {"chunk_size": 16, "accumulators": 2}),
+    "hope, chunk 16, no accumulators": ("hope", {"chunk_size": 16}),
 }
 SIZE = {"dim": 64, "layers": 2, "heads": 4, "intermediate": 192}
 TINY = {"dim": 16, "layers": 1, "heads": 2, "intermediate": 24}
