@@ -110,7 +110,7 @@ def evaluate(
     scale: Annotated[
         str | None, typer.Option(help="Of a suite: cpu, gpu, or smoke to see that everything works.")
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Of a suite: some of formal.", metavar="NAME,NAME")] = None,
+    only: Annotated[str | None, typer.Option(help="Of a suite: some of its tasks.", metavar="NAME,NAME")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Of a suite: its folder; it goes on where it was. By default runs/eval-SUITE.")
     ] = None,
