@@ -41,6 +41,7 @@ from nestlearn.tasks.core.models import Size, language_model, missing
 from nestlearn.tasks.core.plan import Plan, Row
 from nestlearn.tasks.core.reading import MemoryMeter, advance, answer, tensor_bytes
 from nestlearn.tasks.core.report import measured
+from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
@@ -96,7 +97,7 @@ CRITERION = ("validation_error", "validation_loss")
 
 WARMUP = 50  # steps
 FALL = 0.2  # of all steps, over which the learning rate falls to zero
-WEIGHT_DECAY, CLIP = 0.01, 1.0  # decoupled, in units of the learning rate, on matrices; norm of the whole gradient
+WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
 VALIDATION = 10  # every so many stories of the training file are for validation
 VALIDATION_SAMPLES = 200
 ROWS = 8  # streams that are read side by side
@@ -242,17 +243,11 @@ def train(
         lengths = sorted({stage[0] for stage in stages[: number + 1]})
         for step in range(steps):
             done += 1
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(done / WARMUP, (total - done + 1) / (FALL * total), 1)
             length = longest if generator.random() < 0.5 else int(generator.choice(lengths))
             examples = [teller.example(length, bool(only_answer), generator) for _ in range(batch)]
             loss = loss_of(network, examples, device)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-            if not math.isfinite(norm.item()):
+            if not descend(network, optimizer, loss, lr * min(done / WARMUP, (total - done + 1) / (FALL * total), 1)):
                 return False
-            optimizer.step()
-            optimizer.zero_grad()
             if step % 50 == 0 or step == steps - 1:
                 curve.append([done, length, loss.item()])
                 if log is not None:

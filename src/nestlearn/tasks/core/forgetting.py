@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nestlearn.data import load_corpus, load_tokenizer
 from nestlearn.data.packing import pack
@@ -35,6 +35,7 @@ from nestlearn.models.hope import HopeConfig, HopeForCausalLM
 from nestlearn.optim import LevelwiseOptimizer, periods_of
 from nestlearn.tasks.core.plan import Plan, Row
 from nestlearn.tasks.core.report import measured
+from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 from nestlearn.train.model import count_parameters
 
@@ -60,7 +61,7 @@ RATES = {"smoke": (1e-3,), "cpu": (1e-4, 3e-4, 1e-3, 3e-3), "gpu": (3e-5, 1e-4, 
 SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "gpu": (0, 1, 2)}
 CRITERION = ("stream_loss",)
 BASE_RATE, WARMUP, WEIGHT_DECAY = 1e-3, 0.1, 0.1
-BETAS, CLIP = (0.9, 0.95), 1.0
+BETAS = (0.9, 0.95)
 CHARACTERS = 8_000_000  # of a domain, at most
 RECOVERED = 0.2  # of what was forgotten may still be missing
 EARLY = (1, 2, 4, 8, 16)  # steps after a change of domain at which the loss is taken too
@@ -165,7 +166,6 @@ def stream(
     learner = HopeForCausalLM(_config(model))
     learner.load_state_dict(dict(_base(data, tuple(model.items()), length, base_steps, base_batch, seed)))
     optimizer, updated = _optimizer(learner, periods, lr)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     curve: list[list[float]] = []
     read: list[float] = []
 
@@ -182,10 +182,8 @@ def stream(
         for step in range(1, steps + 1):
             ids = sequences[begin + (step - 1) * batch : begin + step * batch]
             loss = learner(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
+            if not descend(learner, optimizer, loss, lr):
+                return {"curve": curve, "updated": updated, "diverged": True}
             read.append(loss.item())
             if step % max(1, steps // 8) == 0 or step in EARLY or step == steps:
                 measure(half * steps + step)
@@ -275,13 +273,12 @@ def _base(
     generator = torch.Generator().manual_seed(seed)
     rising = max(1, round(WARMUP * steps))
     for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = BASE_RATE * min(step / rising, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         ids = sequences[torch.randint(len(sequences) // 2, (batch,), generator=generator)]
-        learner(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = learner(input_ids=ids, labels=ids, use_cache=False).loss
+        finite = descend(
+            learner, optimizer, loss, BASE_RATE * min(step / rising, (1 + math.cos(math.pi * step / steps)) / 2)
+        )
+        assert finite
     return tuple((name, value.clone()) for name, value in learner.state_dict().items())
 
 

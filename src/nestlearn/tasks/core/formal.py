@@ -14,7 +14,6 @@ and test of bin 0 are the same words. Nothing is chosen by bin 1.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from nestlearn.tasks.core.models import Size, build, missing
 from nestlearn.tasks.core.paper import TABLE_5, TABLE_5_LANGUAGES
 from nestlearn.tasks.core.plan import Plan, Row
 from nestlearn.tasks.core.report import base, differences, measured, order_section
+from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, new_figure, save_figure, table
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
@@ -67,7 +67,6 @@ CRITERION = ("validation_error", "validation_loss")
 
 WARMUP, DECAY = 50, 100  # steps
 WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
-CLIP = 1.0  # norm of the whole gradient
 TEST_WORDS = 500  # of each bin, where a language has many words of a size
 VALIDATION_WORDS = 300
 VALIDATION_SEED, TEST_SEED = 1, 2  # training draws from seeds of its own
@@ -201,16 +200,10 @@ def train_one(
 
     for step in range(1, steps + 1):
         network.train()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / WARMUP, (end - step + 1) / DECAY, 1)
         words = collate(rules, sample(rules, sizes, batch, generator))
         loss = _losses(network, words, device)[0].mean()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-        if not math.isfinite(norm.item()):
+        if not descend(network, optimizer, loss, lr * min(step / WARMUP, (end - step + 1) / DECAY, 1)):
             return result | {"diverged": True, "steps": step}
-        optimizer.step()
-        optimizer.zero_grad()
         if step % every == 0 or step == end:
             found = evaluate(network, rules, validation, device)
             result["curve"].append([step, found["loss"], found["words"]])

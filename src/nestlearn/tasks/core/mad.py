@@ -34,6 +34,7 @@ from nestlearn.tasks.core.models import Size, build, missing
 from nestlearn.tasks.core.paper import TABLE_4, TABLE_4_TASKS
 from nestlearn.tasks.core.plan import Plan, Row, summarise
 from nestlearn.tasks.core.report import base, differences, measured, order_section
+from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, new_figure, save_figure, table
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
@@ -100,7 +101,6 @@ CRITERION = ("validation_error", "validation_loss")
 
 WARMUP = 0.05  # of all steps
 WEIGHT_DECAY = 0.1  # decoupled, in units of the learning rate, on matrices
-CLIP = 1.0  # norm of the whole gradient
 GREY = "#888888"  # the plain transformer: there are more rows than colours
 POINTS = 10  # validations of a run
 VALIDATION_SEED, TEST_SEED = 1, 2  # training draws from seeds of its own
@@ -293,16 +293,10 @@ def train_one(
         for rows in np.array_split(order.permutation(given.examples), range(batch, given.examples, batch)):
             step += 1
             network.train()
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step, steps)
             logits, targets = _read(network, Examples(*(part[rows] for part in training)), device)
             loss = F.cross_entropy(logits, targets)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-            if not math.isfinite(norm.item()):
+            if not descend(network, optimizer, loss, lr * schedule(step, steps)):
                 return result | {"diverged": True, "steps": step}
-            optimizer.step()
-            optimizer.zero_grad()
             if step % every == 0 or step == steps:
                 found = evaluate(network, validation, device)
                 result["curve"].append([step, found["loss"], found["accuracy"]])

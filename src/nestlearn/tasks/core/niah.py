@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.errors import UserError
@@ -45,6 +45,7 @@ from nestlearn.tasks.core.needles import (
 from nestlearn.tasks.core.paper import TABLE_1, TABLE_1_LENGTHS
 from nestlearn.tasks.core.plan import Plan, Row
 from nestlearn.tasks.core.report import differences, measured, order_section
+from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
@@ -88,7 +89,6 @@ CRITERION = ("validation_error", "validation_loss")
 # in mixed ones of 128 not within 360; recurrent rows had not begun after 350 to 500. Budgets beyond were not tried.
 DENSE = 0.4
 WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
-CLIP = 1.0  # norm of the whole gradient
 POINTS = 20  # of the curve
 PIECE = 512  # symbols that go through the model at a time when it reads
 READ = 32_768  # symbols of all rows that are read side by side
@@ -234,16 +234,10 @@ def train_one(
 
     network.train()
     for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step, steps)
         some = training_samples(step <= DENSE * steps, doublings, tokens, library, needle, generator)
         loss = loss_of(network, some, library, question=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), CLIP)
-        if not math.isfinite(norm.item()):
+        if not descend(network, optimizer, loss, lr * schedule(step, steps)):
             return result | {"diverged": True, "steps": step}
-        optimizer.step()
-        optimizer.zero_grad()
         losses.append(loss.item())
         if step % every == 0 or step == steps:
             result["curve"].append([step, float(np.mean(losses))])
