@@ -104,9 +104,9 @@ def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
             "Words that are right at every position, in percent: training lengths / up to twice as long. A word counts "
             "only if the whole set of next symbols is right after each of its symbols (Parity: the parity). "
             "A model with +conv has Hope's short convolution in front, titans and hope always. Steps to 2 are those of "
-            "Hope's main memory: that row is what they give without self-modification. Two heads of hope accumulate, but "
-            "in the row that says so. Neither training nor the choice "
-            "of the learning rate sees longer words.\n",
+            "Hope's main memory: that row is what they give without self-modification. Two heads of hope "
+            "accumulate, except in the row without. Neither training nor the choice of the learning rate sees longer "
+            "words.\n",
             table(["model", *TABLE_5_LANGUAGES], rows),
             order_section(sentences),
             f"![Right words of every seed by model and language]({figure.name})\n",
