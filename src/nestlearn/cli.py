@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from nestlearn.convert import commands as conversion
 from nestlearn.errors import UserError, nearest
 
 # Typer re-exports this subclass of its UsageError, whose module has moved between versions.
@@ -292,6 +293,10 @@ def bench(
     else:
         print(Path(result["report"]).read_text(encoding="utf-8"))
         print(f"report: {result['report']}")
+
+
+app.command()(conversion.pull)
+app.command()(conversion.convert)
 
 
 def _run_folder(parent: Path, name: str, resume: bool) -> Path:

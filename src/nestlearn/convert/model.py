@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from nestlearn.convert.blocks import AdaptiveMLP, Piece, Scope, Using, Weights
 from nestlearn.convert.config import Level, LevelsConfig
 from nestlearn.convert.families import SUPPORTED, FoundMLP, find_mlps, neuron_axis, same_function
+from nestlearn.convert.saved import read_base, read_converted, save_converted
 from nestlearn.errors import UserError, nearest
 
 
@@ -249,6 +251,28 @@ class ContinualModel(nn.Module):
     ) -> None:
         """The older name of `activation_checkpointing_enable` in transformers, which its Trainer calls."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``levels.json`` and ``learned.safetensors``: only `weights`, as far as they differ from the pretrained
+        ones, with the path and the hash of the base. Raises `UserError` for weights of several rows.
+        """
+        save_converted(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, base: PreTrainedModel | str | Path | None = None) -> ContinualModel:
+        """What `save_pretrained` wrote, to the bit.
+
+        Args:
+            folder: of it.
+            base: the base model or its folder, if it is no longer where it was.
+
+        Raises:
+            UserError: a file is missing or damaged, or the base is another one.
+        """
+        entry, config, weights = read_converted(Path(folder))
+        model = convert(read_base(entry, base), config)
+        model.weights = weights
+        return model
 
     def unload(self) -> PreTrainedModel:
         """The original model: the very modules that `convert` replaced, and every parameter learns as it did before.

@@ -1,0 +1,121 @@
+"""``nestlearn pull`` and ``nestlearn convert``. Heavy imports are inside."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nestlearn.errors import UserError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def pull(
+    model: Annotated[str, typer.Argument(help="Which model: smollm2 (SmolLM2-135M-Instruct, Apache-2.0).")],
+    to: Annotated[
+        Path | None, typer.Option(help="The folder. By default one in the user's cache.", metavar="DIR")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a pretrained model: download, check, convert to a Hugging Face folder.
+
+    Other commands then take the model by its name. The cache is HF_HOME, or huggingface in XDG_CACHE_HOME or ~/.cache.
+
+    Example: nestlearn pull smollm2
+    """
+    from nestlearn.convert.pretrained import pull
+
+    folder = pull(model, to, report=lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps({"model": model, "folder": str(folder)}) if as_json else folder)
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A pretrained model: smollm2, or any folder of save_pretrained.")],
+    out: Annotated[Path, typer.Option(help="The folder to write: the levels, and what they learn.")],
+    kind: Annotated[
+        str, typer.Option(help="depthwise, a level a group of layers; split, all levels in each.")
+    ] = "depthwise",
+    layers: Annotated[
+        str, typer.Option(help="late (the last quarter), all, or indices.", metavar="late|all|N,N")
+    ] = "late",
+    periods: Annotated[
+        str, typer.Option(help="Tokens between two updates of each level, fast to slow.", metavar="N,N")
+    ] = "512,1024,2048",
+    lr: Annotated[
+        str, typer.Option(help="Learning rate, one for all levels or one for each.", metavar="X[,X]")
+    ] = "1e-4",
+    rule: Annotated[str, typer.Option(help="adamw, sgd, m3 or delta-momentum.")] = "adamw",
+    as_json: Json = False,
+) -> None:
+    """Turn a pretrained model into levels that can learn.
+
+    Nothing is trained and no weight is copied: the folder names the model, its hash and the levels.
+
+    Example: nestlearn convert smollm2 --out learner --periods 512,4096
+    """
+    from transformers.utils import logging
+
+    from nestlearn.convert.config import Level, LevelsConfig
+    from nestlearn.convert.model import convert
+    from nestlearn.convert.saved import LEVELS, load_base
+
+    if (out / LEVELS).exists():
+        raise UserError(f"{out} holds a converted model already: give another --out, or remove it")
+    chunks = _numbers("--periods", periods, int)
+    rates = _numbers("--lr", lr, float)
+    if len(rates) not in (1, len(chunks)):
+        raise UserError(f"--lr has {len(rates)} numbers for {len(chunks)} levels: give one, or one for each")
+    rates = rates * len(chunks) if len(rates) == 1 else rates
+    config = LevelsConfig(
+        kind=kind,
+        levels=tuple(Level(period, rate, rule) for period, rate in zip(chunks, rates, strict=True)),
+        layers=layers if layers in ("late", "all") else tuple(_numbers("--layers", layers, int)),
+    )
+    logging.disable_progress_bar()
+    converted = convert(load_base(model), config)
+    converted.save_pretrained(out)
+    rows = [
+        {
+            "level": level.number,
+            "period": level.config.period,
+            "rule": level.config.rule,
+            "lr": level.config.lr,
+            "layers": list(level.layers),
+            "parameters": level.parameters,
+        }
+        for level in converted.levels
+    ]
+    if as_json:
+        print(json.dumps({"model": model, "folder": str(out), "config": config.to_dict(), "levels": rows}))
+    else:
+        _print(rows, out)
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option} {text!r}: give {what} with commas between them") from None
+
+
+def _print(rows: list[dict[str, Any]], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("rule", "layers") else "right", no_wrap=True)
+    for row in rows:
+        layers = row["layers"]
+        run = layers == list(range(layers[0], layers[-1] + 1))
+        shown = {**row, "parameters": f"{row['parameters']:,}"}
+        shown["layers"] = f"{layers[0]}-{layers[-1]}" if run else ",".join(map(str, layers))
+        table.add_row(*map(str, shown.values()))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"converted model: {out}", markup=False, soft_wrap=True)

@@ -1,0 +1,119 @@
+"""A converted model on the disk: what was learned and which base it belongs to, never the base itself.
+
+The folder holds ``levels.json`` (configuration, path and hash of the base) and ``learned.safetensors``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from nestlearn.convert.config import LevelsConfig
+from nestlearn.convert.identity import base_hash
+from nestlearn.convert.pretrained import model_folder
+from nestlearn.errors import UserError
+from nestlearn.files import read_json, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from nestlearn.convert.model import ContinualModel
+
+LEVELS, LEARNED = "levels.json", "learned.safetensors"
+FORMAT = 1
+REMEDY = "save the converted model again"
+
+
+def save_converted(model: ContinualModel, folder: Path) -> None:
+    """Write the folder. Weights that are still the pretrained ones are left out.
+
+    Raises `UserError` for weights with rows of their own, which belong to no one model.
+    """
+    start = {name: weight for level in model.levels for name, weight in level.start.items()}
+    learned: dict[str, Tensor] = {}
+    for name, weight in model.weights.items():
+        if weight.shape != start[name].shape:
+            raise UserError(f"the weight {name} differs from row to row: save the weights of one row")
+        value = weight.detach().to(start[name].device)
+        if not torch.equal(value.to(start[name].dtype), start[name]):
+            learned[name] = value.contiguous()
+    path = Path(model.base.config.name_or_path or "").expanduser()
+    base = {
+        "path": str(path.absolute()) if path.parts and path.is_dir() else None,
+        "sha256": base_hash(model),
+        "dtype": str(model.base.dtype).removeprefix("torch."),
+    }
+    # The weights first: their hash stands in the other file, so that two halves of different age are not one model.
+    write_atomic(folder / LEARNED, lambda path: save_file(learned, path))
+    entry = {"sha256": _hash(folder / LEARNED), "weights": len(learned)}
+    write_json(
+        folder / LEVELS,
+        {"format": FORMAT, "base": base, "config": model.config_levels.to_dict(), "learned": entry},
+    )
+
+
+def read_converted(folder: Path) -> tuple[dict[str, Any], LevelsConfig, dict[str, Tensor]]:
+    """The entry of the base, the configuration, the learned weights. Raises `UserError` that names what is damaged."""
+    path = folder / LEVELS
+    if not path.is_file():
+        raise UserError(f"no converted model in {folder} ({LEVELS} is missing): give a folder of `nestlearn convert`")
+    entries = read_json(path, REMEDY)
+    if entries.get("format") != FORMAT:
+        raise UserError(f"{path} has the format {entries.get('format')!r} and this version reads {FORMAT}: {REMEDY}")
+    base, learned = entries.get("base"), entries.get("learned")
+    if not isinstance(base, dict) or not isinstance(learned, dict) or not isinstance(entries.get("config"), dict):
+        raise UserError(f"{path} is damaged (base, config or learned is missing): {REMEDY}")
+    file = folder / LEARNED
+    if not file.is_file() or _hash(file) != learned.get("sha256"):
+        raise UserError(f"{file} is damaged or missing (its hash is not the one in {LEVELS}): {REMEDY}")
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged ({error}): {REMEDY}") from error
+    return base, LevelsConfig.from_dict(entries["config"]), weights
+
+
+def read_base(entry: dict[str, Any], given: PreTrainedModel | str | Path | None) -> PreTrainedModel:
+    """The base model that was converted: the one given, or loaded from where it lay. Raises `UserError` for another."""
+    if isinstance(given, PreTrainedModel):
+        model = given
+    elif given is None and not entry.get("path"):
+        raise UserError("the converted model does not say where its base lies: give base=, a folder or the model")
+    else:
+        model = load_base(str(entry["path"]) if given is None else given, str(entry.get("dtype")))
+    found = base_hash(model)
+    if found != entry.get("sha256"):
+        raise UserError(
+            f"the base model {model.config.name_or_path or type(model).__name__!r} has the hash {found[:12]} and the "
+            f"learned weights belong to {str(entry.get('sha256'))[:12]}: give the model that was converted, as base="
+        )
+    return model
+
+
+def load_base(name: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model from a folder, or by the name of a pulled one, for inference.
+
+    Only safetensors are read and no code from the folder is run. Raises `UserError` for a folder that is missing or
+    holds no such model.
+    """
+    folder = model_folder(name)
+    if not folder.is_dir():
+        raise UserError(f"no model folder {str(name)!r}: give a folder of save_pretrained, or a name `pull` knows")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"the base model has the data type {dtype!r}, which torch does not know: {REMEDY}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the model in {folder} ({str(error).splitlines()[0]})") from error
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
