@@ -71,9 +71,12 @@ class CausalConv(nn.Module):
         before = x_BTD.new_zeros(B, past, D) if state is None else state.to(x_BTD.dtype)
         window = torch.cat([before, x_BTD], dim=1)
         weight = self.weight.to(x_BTD.dtype)
-        y_BTD = window[:, past:] * weight[past]
-        for j in range(past):
-            y_BTD = torch.addcmul(y_BTD, window[:, j : j + T], weight[j])
+        if T == 1:  # decoding: the window is what the taps see
+            y_BTD = (window * weight).sum(1, keepdim=True)
+        else:
+            y_BTD = window[:, past:] * weight[past]
+            for j in range(past):
+                y_BTD = torch.addcmul(y_BTD, window[:, j : j + T], weight[j])
         if self.silu:
             y_BTD = F.silu(y_BTD)
         if lengths is None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from nestlearn.errors import UserError
 from nestlearn.nn.attention import AttentionState
 from nestlearn.nn.convolution import CausalConv
+from nestlearn.nn.decoding import inside_chunk, write_token
 from nestlearn.ops import GATES, CoreState, Start, WriteRule, self_modify
 
 
@@ -102,20 +103,20 @@ class MemoryMixer(nn.Module):
         if state is not None and state.conv.shape[0] != x.shape[0]:
             raise UserError(f"the state holds {state.conv.shape[0]} sequences, the input {x.shape[0]}: they must agree")
         u, conv_state = self.conv(x, None if state is None else state.conv, lengths)
-        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731
+        split = lambda t: t.view(*t.shape[:2], self.heads, t.shape[2] // self.heads).transpose(1, 2)  # noqa: E731
         inputs = {name: split(project(u)) for name, project in self.project.items()}
         inputs = {name: t.squeeze(-1) if name in GATES else t for name, t in inputs.items()}
         inputs, attention = self.prepare(inputs, state, lengths)
         with torch.autocast(x.device.type, enabled=False):  # states stay in float32
             start = self.initial()
             dtype = start.bias["eta"].dtype
-            y, core = self_modify(
-                {name: t.to(dtype) for name, t in inputs.items()},
-                start,
-                self.rule,
-                None if state is None else state.core,
-                lengths,
-            )
+            inputs = {name: t.to(dtype) for name, t in inputs.items()}
+            before = None if state is None else state.core
+            alone = before is not None and x.shape[1] == 1 and lengths is None
+            if alone and inside_chunk(start, self.rule, before):
+                y, core = write_token(inputs, start, self.rule, before)
+            else:
+                y, core = self_modify(inputs, start, self.rule, before, lengths)
             y = F.rms_norm(y, (self.width,), self.norm.weight.to(dtype), self.norm.eps)
         y = y.transpose(1, 2).flatten(-2).to(u.dtype)
         if self.gate is not None:

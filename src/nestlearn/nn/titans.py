@@ -4,7 +4,7 @@ rewrite themselves while they read."""
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -177,14 +177,14 @@ class SelfReferentialTitans(MemoryMixer):
             nn.init.zeros_(self.momentum)
 
     def _weights(self, name: str) -> list[nn.Parameter]:
-        return list(cast(nn.ParameterList, self.start[name]))
+        return list(_own(self.start[name]).values())
 
     def initial(self) -> Start:
         """The learned start of the core, in float32 or wider."""
         return Start(
             weights={name: tuple(wide(w) for w in self._weights(name)) for name in self.memories},
-            bias={name: wide(b) for name, b in self.bias.items()},
-            write_scale={name: wide(s).sigmoid() for name, s in self.write_scale.items()},
+            bias={name: wide(b) for name, b in _own(self.bias).items()},
+            write_scale={name: wide(s).sigmoid() for name, s in _own(self.write_scale).items()},
             momentum=None if self.momentum is None else wide(self.momentum).sigmoid(),
             erase=None if self.erase is None else wide(self.erase).sigmoid(),
             accumulates=self._accumulates(),
@@ -201,3 +201,8 @@ class SelfReferentialTitans(MemoryMixer):
     ) -> tuple[dict[str, Tensor], None]:
         """Every memory's own input beside the static projections."""
         return inputs | {name: inputs[read] for name, read in self.reads.items()}, None
+
+
+def _own(parameters: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of a ParameterList or ParameterDict, whose own iterators are slow: a decoded token looks them up too."""
+    return {name: p for name, p in parameters._parameters.items() if p is not None}
