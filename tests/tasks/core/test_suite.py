@@ -45,7 +45,6 @@ def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
 @pytest.fixture(autouse=True)
 def _only_the_toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nestlearn.tasks.core.TASKS", {"toy": __name__, "later": __name__})
-    monkeypatch.setattr("nestlearn.tasks.core.report.TASKS", {"toy": __name__, "later": __name__})
     RAN.clear()
     FAIL_AT.count = 10**9
 

@@ -1,4 +1,4 @@
-"""``report/``: what a run folder of the core suite holds, as Markdown and HTML, each number beside the paper's."""
+"""``report/``: what a run folder of a suite holds, as Markdown and HTML, each number beside the paper's."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.files import read_json, write_atomic
-from nestlearn.tasks.core import TASKS
 from nestlearn.tasks.layout import table
+from nestlearn.tasks.suite import Suite
 
 Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # of `nestlearn.tasks.core.plan.outcomes`
 
-HEAD = (
-    "Every row of a table had the same search: the learning rates of its recipe at the first seed, the best on "
-    "validation data, which then runs with all seeds. `±` is the standard deviation over the seeds; in italics stands "
-    "the paper's number, of models and data far larger than these unless the scale is the paper's own."
-)
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
@@ -33,23 +28,23 @@ td em {{ color: #777 }} img {{ max-width: 100% }} pre, code {{ background: #f4f4
 """
 
 
-def write(out: Path) -> dict[str, str]:
+def write(suite: Suite, out: Path) -> dict[str, str]:
     """Write ``out/report`` from ``out/tasks``; the paths ``report`` and ``html``. Raises `UserError` for damage."""
     from markdown_it import MarkdownIt
 
     folder = out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     scale = read_json(out / "suite.json", "give another folder")["scale"]
-    title = f"Hope against the paper, scale {scale}"
-    parts = [f"# {title}\n", HEAD + "\n"]
-    for name in TASKS:
+    title = f"{suite.title}, scale {scale}"
+    parts = [f"# {title}\n", suite.head + "\n"]
+    for name, module_name in suite.tasks.items():
         path = out / "tasks" / f"{name}.json"
-        module = import_module(TASKS[name])
+        module = import_module(module_name)
         parts.append(f"## {module.TITLE}\n")
         if not path.exists():
             parts.append("Not run.\n")
             continue
-        kept = read_json(path, f"delete it and run nestlearn eval --suite core --only {name} again")
+        kept = read_json(path, f"delete it and run nestlearn eval --suite {suite.name} --only {name} again")
         found = {setting: {m: kept["found"][setting][m] for m in models} for setting, models in kept["order"]}
         parts += [f"    {kept['command']}\n", f"{kept['machine']}\n", recipe(kept["recipe"])]
         parts += [module.section(found, folder), *not_run(found), runs(found, kept["recipe"])]
@@ -62,13 +57,13 @@ def write(out: Path) -> dict[str, str]:
     return {key: str(folder / file) for key, (file, _) in pages.items()}
 
 
-def provenance(name: str, scale: str, data: str | None) -> dict[str, str]:
+def provenance(suite: Suite, name: str, scale: str, data: str | None) -> dict[str, str]:
     """``command`` and ``machine`` of a task's numbers."""
     import torch
 
     device = torch.cuda.get_device_name() if scale == "gpu" and torch.cuda.is_available() else platform.machine()
     given = ["--data", "DIR"] if data is not None else []
-    words = ["nestlearn", "eval", "--suite", "core", "--only", name, "--scale", scale, *given]
+    words = ["nestlearn", "eval", "--suite", suite.name, "--only", name, "--scale", scale, *given]
     return {"command": shlex.join(words), "machine": f"{device}, torch {torch.__version__}"}
 
 
