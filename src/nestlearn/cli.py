@@ -14,6 +14,7 @@ import typer
 
 from nestlearn.convert import commands as conversion
 from nestlearn.errors import UserError, nearest
+from nestlearn.learner.store.commands import app as memory
 
 # Typer re-exports this subclass of its UsageError, whose module has moved between versions.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(memory, name="memory")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
