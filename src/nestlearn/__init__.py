@@ -9,14 +9,16 @@ from nestlearn.models.registration import register_on_import
 
 if TYPE_CHECKING:
     from nestlearn.convert import LevelsConfig, convert
+    from nestlearn.learner import ContinualLearner
     from nestlearn.levels import describe
     from nestlearn.models.hope import HopeConfig, HopeForCausalLM
 
 __version__ = "0.1.0"
-__all__ = ["HopeConfig", "HopeForCausalLM", "LevelsConfig", "__version__", "convert", "describe"]
+__all__ = ["ContinualLearner", "HopeConfig", "HopeForCausalLM", "LevelsConfig", "__version__", "convert", "describe"]
 
 # Names that load torch or transformers when they are first used, so that ``import nestlearn`` itself is quick.
 _LAZY = {
+    "ContinualLearner": "nestlearn.learner",
     "HopeConfig": "nestlearn.models.hope",
     "HopeForCausalLM": "nestlearn.models.hope",
     "LevelsConfig": "nestlearn.convert",

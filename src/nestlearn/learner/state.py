@@ -1,0 +1,203 @@
+"""What a learner carries from window to window: everything that a resume needs, as tensors and JSON.
+
+A state is never written in place. A step makes the next one, which shares the tensors that did not change, so that a
+fork costs nothing, a refused window leaves no trace, and the last good state is kept by holding on to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestlearn.errors import UserError
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A running mean and variance; the last 32 windows weigh most.
+
+    >>> Scale().add(2.0, 1.0).add(4.0, 1.0)
+    Scale(count=2.0, mean=3.0, variance=1.0)
+    """
+
+    count: float = 0.0  # in whole windows
+    mean: float = 0.0
+    variance: float = 0.0
+
+    HORIZON = 32
+
+    def add(self, value: float, share: float) -> Scale:
+        """With the value of one more window, of which ``share`` (0 to 1) was filled."""
+        count = self.count + share
+        rate = share / min(count, self.HORIZON)
+        off = value - self.mean
+        return Scale(count, self.mean + rate * off, (1 - rate) * (self.variance + rate * off * off))
+
+
+@dataclass(frozen=True)
+class LevelState:
+    """One level: its learned weights and what it has gathered since its last update.
+
+    Args:
+        weights: learned, fp32; a name that is absent has its pretrained weight.
+        slots: what the rule remembers of earlier updates, for each weight.
+        gathered: the gradient summed over the tokens since the last update (Eq. 71).
+        tokens: read since the last update.
+        scored: of these, how many were predicted: the gathered sum divided by it is the mean.
+        updates: made so far.
+        moved: ||theta - theta_0|| / ||theta_0|| of the level after its last update.
+        surprise: running scale of the logarithm of the norm of a window's mean gradient.
+    """
+
+    weights: Tensors = field(default_factory=dict)
+    slots: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    gathered: Tensors = field(default_factory=dict)
+    tokens: int = 0
+    scored: int = 0
+    updates: int = 0
+    moved: float = 0.0
+    surprise: Scale = Scale()
+
+
+@dataclass(frozen=True)
+class Source:
+    """How far a named source has been read: tokens, their SHA-256, and whether its end was reached."""
+
+    tokens: int
+    sha256: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """Everything that a learner has besides the base model.
+
+    Args:
+        levels: fast to slow.
+        clock: tokens learned from (refused ones do not count).
+        read: tokens read, refused ones included.
+        context: the last tokens before the next window, (c,) int64 on the CPU; empty where a text begins.
+        surprise: running scale of the loss of a window, nats per token.
+        refused: windows refused one after the other just now.
+        sources: how far each named source has been read.
+        reading: the named source whose reading has begun and not ended; the context is of it.
+    """
+
+    levels: tuple[LevelState, ...]
+    clock: int = 0
+    read: int = 0
+    context: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    surprise: Scale = Scale()
+    refused: int = 0
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    reading: str | None = None
+
+    @property
+    def weights(self) -> Tensors:
+        """The learned weights of all levels, by name."""
+        return {name: w for level in self.levels for name, w in level.weights.items()}
+
+    def with_source(self, name: str, source: Source) -> LearnerState:
+        return replace(self, sources={**self.sources, name: source})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LearnerState:
+        """``function`` applied to every tensor of the levels."""
+        return replace(
+            self,
+            levels=tuple(
+                replace(
+                    level,
+                    weights={n: function(w) for n, w in level.weights.items()},
+                    slots={n: tuple(function(t) for t in ts) for n, ts in level.slots.items()},
+                    gathered={n: function(g) for n, g in level.gathered.items()},
+                )
+                for level in self.levels
+            ),
+        )
+
+    def to_tensors(self) -> dict[str, Tensors]:
+        """Groups of tensors for `nestlearn.learner.store`: ``level-0`` holds the weights of the fastest
+        level, ``level-0.rule`` what its rule remembers and what it has gathered, and so on."""
+        groups: dict[str, Tensors] = {}
+        for number, level in enumerate(self.levels):
+            groups[f"level-{number}"] = dict(level.weights)
+            slots = {f"slot-{i}.{name}": t for name, ts in level.slots.items() for i, t in enumerate(ts)}
+            gathered = {f"gathered.{name}": g for name, g in level.gathered.items()}
+            groups[f"level-{number}.rule"] = slots | gathered
+        return {name: group for name, group in groups.items() if group}
+
+    def to_json(self) -> dict[str, Any]:
+        """The rest, as plain JSON; floats come back to the bit."""
+        return {
+            "clock": self.clock,
+            "read": self.read,
+            "context": self.context.tolist(),
+            "surprise": asdict(self.surprise),
+            "refused": self.refused,
+            "reading": self.reading,
+            "sources": {name: asdict(source) for name, source in self.sources.items()},
+            "levels": [
+                {
+                    "tokens": level.tokens,
+                    "scored": level.scored,
+                    "updates": level.updates,
+                    "moved": level.moved,
+                    "surprise": asdict(level.surprise),
+                }
+                for level in self.levels
+            ],
+        }
+
+    @classmethod
+    def restore(cls, groups: Mapping[str, Tensors], values: Mapping[str, Any]) -> LearnerState:
+        """The state that `to_tensors` and `to_json` came from.
+
+        Raises:
+            UserError: the values are not those of a learner.
+
+        >>> state = LearnerState((LevelState({"w": torch.ones(2)}, tokens=3),), clock=3)
+        >>> LearnerState.restore(state.to_tensors(), state.to_json()).levels[0].weights
+        {'w': tensor([1., 1.])}
+        """
+        try:
+            levels = []
+            for number, known in enumerate(values["levels"]):
+                rule = groups.get(f"level-{number}.rule", {})
+                slots: dict[str, dict[int, Tensor]] = {}
+                gathered = {}
+                for key, tensor in rule.items():
+                    kind, _, name = key.partition(".")
+                    if kind == "gathered":
+                        gathered[name] = tensor
+                    else:
+                        slots.setdefault(name, {})[int(kind.removeprefix("slot-"))] = tensor
+                levels.append(
+                    LevelState(
+                        weights=dict(groups.get(f"level-{number}", {})),
+                        slots={name: tuple(ts[i] for i in sorted(ts)) for name, ts in slots.items()},
+                        gathered=gathered,
+                        tokens=known["tokens"],
+                        scored=known["scored"],
+                        updates=known["updates"],
+                        moved=known["moved"],
+                        surprise=Scale(**known["surprise"]),
+                    )
+                )
+            return cls(
+                levels=tuple(levels),
+                clock=values["clock"],
+                read=values["read"],
+                context=torch.tensor(values["context"], dtype=torch.int64),
+                surprise=Scale(**values["surprise"]),
+                refused=values["refused"],
+                reading=values["reading"],
+                sources={name: Source(**source) for name, source in values["sources"].items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the snapshot is not one of a learner ({error}): choose another") from error
