@@ -267,3 +267,21 @@ def test_every_memory_receives_a_gradient_through_later_outputs_only(structure: 
         for w in ws:
             assert w.grad is not None, name
             assert w.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
+@pytest.mark.parametrize("name", ["default", "l2"])
+def test_second_derivatives_are_those_of_finite_differences(structure: str, name: str) -> None:
+    """A level that learns by its own gradient inside the outer loss differentiates the backward pass."""
+    start = make_start(structure, (*ALL, "q"))
+    inputs = make_inputs(1, 4, (*ALL, "q"))
+    rule = WriteRule(chunk_size=2, **{"eta_max": 0.5, **RULES[name]})
+
+    def run(x: Tensor, *flat: Tensor) -> Tensor:
+        it = iter(flat)
+        rebuilt = {n: tuple(next(it) for _ in start.weights[n]) for n in start.names}
+        head = Start(rebuilt, start.bias, start.write_scale)
+        return self_modify(dict.fromkeys(PROJECTIONS, x), head, rule)[0]
+
+    tensors = [inputs["k"], *(w for n in start.names for w in start.weights[n])]
+    assert torch.autograd.gradgradcheck(run, [t.detach().requires_grad_() for t in tensors], fast_mode=True)

@@ -9,6 +9,7 @@ anywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from nestlearn.errors import UserError
 from nestlearn.ops.linear import LinearKernel
+from nestlearn.ops.linear_adjoint import LinearSegments
 from nestlearn.ops.mlp import MLPKernel
 from nestlearn.ops.oja import OjaKernel
 from nestlearn.ops.omega import OmegaKernel
-from nestlearn.ops.rule import MEMORY, Start, WriteRule, gates, unit
-from nestlearn.ops.segment import Segment
+from nestlearn.ops.rule import MEMORY, Start, WriteRule, unit
 from nestlearn.ops.state import CoreState
+from nestlearn.ops.step import step
 
 Refresh = bool | Tensor
 """Whether an anchor moves to the current state: for all rows, or per row (B,)."""
@@ -93,7 +95,7 @@ def self_modify(
     weights: tuple[Tensor, ...] = ()
     counts = None if lengths is None else torch.arange(tokens, device=x.device) < lengths[:, None].to(x.device)
 
-    outputs = []
+    outputs, queries = [], []
     segments = list(_segments(state.clock, lengths, tokens, rule))
     inputs = dict(inputs)
     for name in ("q", "k"):
@@ -101,7 +103,16 @@ def self_modify(
             inputs[name] = unit(inputs[name])
     # Split once: slicing piece by piece would make the backward pass fill the whole sequence for every piece.
     sizes = [j - i for i, j, *_ in segments]
-    pieces = {name: value.split(sizes, dim=2) for name, value in inputs.items()}
+    distinct: list[Tensor] = []
+    source: dict[str, int] = {}
+    for name, value in inputs.items():
+        known = next((i for i, other in enumerate(distinct) if other is value), len(distinct))
+        source[name] = known
+        if known == len(distinct):
+            distinct.append(value)
+    split = [value.contiguous().split(sizes, dim=2) for value in distinct]
+    fast = isinstance(kernel, LinearKernel) and LinearSegments.covers(kernel)
+    advance = LinearSegments(kernel, source) if fast else partial(step, kernel)
     for n, (i, j, refresh_others, refresh_memory) in enumerate(segments):
         refreshed = refresh_others is not False or refresh_memory is not False
         if refreshed:
@@ -113,22 +124,17 @@ def self_modify(
             anchor = kernel.merge(*moved) if moved[0] is not moved[1] else moved[0]
         if refreshed or not weights:
             weights = tuple(b + a for b, a in zip(base, anchor, strict=True))
-        piece = {name: values[n] for name, values in pieces.items()}
-        made = piece | kernel.generate(weights, piece)
-        eta, log_alpha = gates(made["eta"], made.get("alpha"), start, rule)
-        v = unit(made["v"]) if rule.normalize_v else made["v"]
+        piece = {name: split[k][n] for name, k in source.items()}
         valid = None if counts is None else counts[:, None, i:j].to(x.dtype)
-        q, k = (unit(made[name]) if name in start.weights else made[name] for name in ("q", "k"))
-        if rule.update == "delta":  # alpha W - eta (alpha W k - v) k^T erases in units of alpha and writes in full
-            eta, v = eta * log_alpha.exp(), v * (-log_alpha).exp().unsqueeze(-1)
-        if rule.update == "oja":  # the delta rule of W^T, with keys v and values k
-            k, v = v, k
-        segment = Segment.of(k, eta, log_alpha, start.momentum, valid, rule.erases, start.erase)
-        y, current, momentum = kernel.advance(weights, current, momentum, q, v, segment)
+        y, q, current, momentum = advance(weights, current, momentum, piece, valid)
         outputs.append(y)
+        queries.append(q)
 
     seen = torch.full((batch,), tokens) if lengths is None else lengths.cpu()
-    y = torch.cat(outputs, dim=2) if outputs else x.new_zeros(x.shape)
+    if not outputs:
+        return x.new_zeros(x.shape), CoreState(current, anchor, momentum, state.clock + seen)
+    q = torch.cat(queries, dim=2) if "q" in start.weights else inputs["q"]
+    y = kernel.rest(torch.cat(outputs, dim=2), q)
     return y, CoreState(current, anchor, momentum, state.clock + seen)
 
 

@@ -119,6 +119,10 @@ class LinearKernel:
             p_read = None if p0 is None else p0[..., n:, :]
             mine = [(table, rows[..., n:]) for table, rows in terms]
             y = seg.read(q, seg.k, mine, s0[..., n:, :], p_read)
-            if self.rule.retention == "start":  # what is carried is on top of the learned start
-                y = y + q @ self.start.weights[MEMORY][0].mT
         return y, (s,), () if p is None else (p,)
+
+    def rest(self, y: Float[Tensor, "B H T d"], q: Float[Tensor, "B H T d"]) -> Float[Tensor, "B H T d"]:
+        """Outputs with what the learned start answers, where the state is carried on top of it."""
+        if self.rule.read == "anchor" or self.rule.retention == "zero":
+            return y
+        return y + q @ self.start.weights[MEMORY][0].mT

@@ -159,3 +159,7 @@ class MLPKernel:
             y = y + hq @ base1.mT if from_start else y
         next_momentum = (p2_next, p_wide_next, p_gates_next) if momentum else ()
         return y, (s2, s_wide, s_gates), next_momentum  # type: ignore[return-value]
+
+    def rest(self, y: Float[Tensor, "B H T d"], q: Float[Tensor, "B H T d"]) -> Float[Tensor, "B H T d"]:
+        """Outputs as they are: the learned start is within the hidden layer."""
+        return y

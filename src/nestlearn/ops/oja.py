@@ -48,7 +48,4 @@ class OjaKernel(LinearKernel):
         if self.rule.read == "anchor":
             return q @ anchor[0], (n,), momentum
         # M_t q = N_t^T q: what were keys and rows of the rank-one terms change places.
-        y = seg.read(q, rows, [(table, seg.k)], n0.mT, None)
-        if self.rule.retention == "start":  # what is carried is on top of the learned start
-            y = y + q @ self.start.weights[MEMORY][0].mT
-        return y, (n,), momentum
+        return seg.read(q, rows, [(table, seg.k)], n0.mT, None), (n,), momentum

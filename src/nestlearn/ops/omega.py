@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.ops.linear import LinearKernel, Packed
-from nestlearn.ops.rule import MEMORY
 from nestlearn.ops.segment import Segment
 
 
@@ -52,8 +51,6 @@ class OmegaKernel(LinearKernel):
             y = q @ anchor[0].mT
         else:
             y = seg.gamma.unsqueeze(-1) * (q @ state[0].mT) - ((q @ keys.mT) * table) @ error
-            if self.rule.retention == "start":  # what is carried is on top of the learned start
-                y = y + q @ self.start.weights[MEMORY][0].mT
         return y, (s,), (self._last(keys, seg.valid), self._last(values, seg.valid))
 
     def _last(self, pairs: Tensor, valid: Tensor | None) -> Tensor:
