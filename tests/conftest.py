@@ -24,6 +24,18 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, brought by `nestlearn pull` where it is not in the cache yet."""
+    from nestlearn.convert import pull
+    from nestlearn.errors import UserError
+
+    try:
+        return pull("smollm2")
+    except UserError as error:
+        pytest.skip(f"no pretrained weights: {error}")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
