@@ -71,6 +71,21 @@ def test_adamw_is_adam_with_bias_correction_and_no_decay() -> None:
 
 
 @pytest.mark.parametrize("rule", ["adamw", "sgd", "m3", "delta-momentum"])
+def test_a_gradient_in_another_order_of_memory_is_the_same_gradient(rule: str) -> None:
+    state, level = gathered(0), Level(8, lr=0.01, rule=rule)
+    turned = replace(state, gathered={n: g.T.contiguous().T if g.ndim == 2 else g for n, g in state.gathered.items()})
+    assert not turned.gathered["w"].is_contiguous()
+    start = {n: w.T.contiguous().T if w.ndim == 2 else w for n, w in START.items()}
+    one, two, three = update(state, level, START), update(turned, level, START), update(state, level, start)
+    assert one is not None
+    assert two is not None
+    assert three is not None
+    for name, w in one.weights.items():
+        torch.testing.assert_close(two.weights[name], w, atol=1e-14, rtol=0)
+        torch.testing.assert_close(three.weights[name], w, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "m3", "delta-momentum"])
 def test_an_update_leaves_what_was_there_as_it_was(rule: str) -> None:
     level = Level(8, lr=0.01, rule=rule, retention=0.1, budget=0.5)
     first = update(gathered(0), level, START)

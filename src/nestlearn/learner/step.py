@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from nestlearn.convert import ContinualModel, ModelLevel
+from nestlearn.convert import ContinualModel
 from nestlearn.learner.guards import refusal
 from nestlearn.learner.reading import Reading, token_losses
 from nestlearn.learner.state import LearnerState, Tensors
@@ -47,8 +47,7 @@ def step(
         fixed: pad to the largest shape there can be, so that no bit of a row depends on the length of another.
     """
     rows = len(states)
-    learning = [level for level in model.levels if level.config.lr > 0]
-    leaves = {name: _leaf(states, name, level) for level in learning for name in level.start}
+    leaves = _leaves(model, states)
     with torch.enable_grad(), model.using(leaves):
         losses, scored = token_losses(model, [s.context for s in states], windows, reading, fixed=fixed)
         sums = losses.sum(1)
@@ -75,10 +74,28 @@ def step(
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _leaf(states: Sequence[LearnerState], name: str, level: ModelLevel) -> Tensor:
-    known = [state.levels[level.number].weights.get(name) for state in states]
-    weights = [level.start[name] if w is None else w for w in known]
-    return (weights[0].detach() if len(weights) == 1 else torch.stack(weights)).requires_grad_()
+def rows_of(model: ContinualModel, states: Sequence[LearnerState]) -> Tensors:
+    """The weights that any of the states has learned, for `ContinualModel.using`: (B, *shape), row b is state b's."""
+    weights = {}
+    for level in model.levels:
+        known = [state.levels[level.number].weights for state in states]
+        for name in {name for own in known for name in own}:
+            weights[name] = torch.stack([own[name] if name in own else level.start[name] for own in known])
+    return weights
+
+
+def _leaves(model: ContinualModel, states: Sequence[LearnerState]) -> Tensors:
+    """What the gradient is taken for: the weights of the levels that learn."""
+    learned = rows_of(model, states) if len(states) > 1 else states[0].weights
+    leaves = {}
+    for level in model.levels:
+        if level.config.lr > 0:
+            for name, start in level.start.items():
+                w = learned.get(name)
+                if w is None:
+                    w = start if len(states) == 1 else torch.stack([start] * len(states))
+                leaves[name] = w.detach().requires_grad_()
+    return leaves
 
 
 def _unscored(model: ContinualModel, state: LearnerState, window: Tensor, reading: Reading) -> Outcome:

@@ -55,7 +55,8 @@ def update(state: LevelState, level: Rule, start: Mapping[str, Tensor]) -> Level
     if state.scored == 0:
         return replace(state, tokens=0, gathered={})
     names = list(state.gathered)
-    grads = [state.gathered[name] / state.scored for name in names]
+    # Contiguous, as the fused AdamW reads gradients in the order of memory and not by their strides.
+    grads = [state.gathered[name].div(state.scored).contiguous() for name in names]
     norm = float(get_total_norm(grads))
     if norm > level.clip:
         torch._foreach_mul_(grads, level.clip / norm)
@@ -104,7 +105,7 @@ def _step(
 def _adamw(
     lr: float, names: list[str], weights: list[Tensor], grads: list[Tensor], slots: Mapping[str, tuple[Tensor, ...]]
 ) -> tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]:
-    new: Tensors = {name: w.clone() for name, w in zip(names, weights, strict=True)}
+    new: Tensors = {n: w.clone(memory_format=torch.contiguous_format) for n, w in zip(names, weights, strict=True)}
     kept: dict[str, tuple[Tensor, ...]] = {}
     for name, w in new.items():
         old = slots.get(name)
