@@ -265,12 +265,20 @@ def levels(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="Which experiments of the paper: optim.")],
+    suite: Annotated[
+        str, typer.Argument(help="optim: the paper's experiments on optimizers; speed: ours and peers, timed.")
+    ],
     only: Annotated[
         str | None,
-        typer.Option(help="Some of curvature, orthogonal, vision, language, step-time.", metavar="NAME,NAME"),
+        typer.Option(
+            help="Some of curvature, orthogonal, vision, language, step-time; or of block, one-token, model, prefill, "
+            "decode, stream, memory, muon.",
+            metavar="NAME,NAME",
+        ),
     ] = None,
-    scale: Annotated[str, typer.Option(help="cpu, or smoke to see in a minute that everything works.")] = "cpu",
+    scale: Annotated[
+        str, typer.Option(help="cpu, or smoke to see in a minute that everything works; speed also has full: hours.")
+    ] = "cpu",
     data: Annotated[
         str | None, typer.Option(help="A folder with mnist/ and cifar10/. By default NESTLEARN_DATA.", metavar="DIR")
     ] = None,
@@ -280,7 +288,7 @@ def bench(
     workers: Annotated[int, typer.Option(help="Runs at a time, each in a process with one thread.")] = 2,
     as_json: Json = False,
 ) -> None:
-    """Run the paper's experiments and write a report.
+    """Run the paper's experiments on optimizers, or time ours beside every peer, and write a report.
 
     Finished runs are kept at once, so after Ctrl-C or a crash the same command goes on. The folder holds report.md with
     every table, the figures, and the result of each run in cells/.

@@ -73,17 +73,18 @@ def tensor_bytes(value: Any) -> int:
     >>> tensor_bytes([torch.zeros(3), {"a": torch.zeros(2, dtype=torch.float64)}, None])
     28
     """
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(value))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a state, as `tensor_bytes` counts them."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
     elif hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
+        yield from tensors(vars(value))
