@@ -80,7 +80,7 @@ class ContinualLearner:
         window: int | None = None,
         context: int = 0,
         probe: RetentionProbe | None = None,
-        max_surprise: float = 8.0,
+        max_surprise: float = 6.0,
         autosave: int | None = None,
     ) -> None:
         self.model = model if isinstance(model, ContinualModel) else convert(model)

@@ -54,7 +54,7 @@ class Sessions:
         *,
         window: int | None = None,
         context: int = 0,
-        max_surprise: float = 8.0,
+        max_surprise: float = 6.0,
         rows: int = 8,
     ) -> None:
         if rows < 1:
