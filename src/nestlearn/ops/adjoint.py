@@ -10,6 +10,7 @@ loss by x.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -161,3 +162,18 @@ class Tables(NamedTuple):
 def per_sequence(valid: Tensor, batch: int, heads: int) -> Tensor:
     """Which tokens count, (B, 1, c), for every head: (N, c)."""
     return valid.expand(batch, heads, -1).flatten(0, 1)
+
+
+def second_order(
+    again: Callable[[], tuple[Tensor, ...]],
+    given: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    d_outputs: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """What a node's backward pass returns where a second derivative is asked for: its forward pass ``again`` by
+    autograd, and the gradient of that. The first two arguments of a node have none."""
+    pairs = [(y, d) for y, d in zip(again(), d_outputs, strict=True) if d is not None and y.requires_grad]
+    wanted = [t for t, need in zip(given, needed, strict=True) if need and t is not None]
+    outputs, weights = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=True, allow_unused=True))
+    return None, None, *(next(found) if need else None for need in needed)

@@ -8,7 +8,7 @@ anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 
@@ -20,6 +20,7 @@ from nestlearn.errors import UserError
 from nestlearn.ops.linear import LinearKernel
 from nestlearn.ops.linear_adjoint import LinearSegments
 from nestlearn.ops.mlp import MLPKernel
+from nestlearn.ops.mlp_adjoint import MLPSegments
 from nestlearn.ops.oja import OjaKernel
 from nestlearn.ops.omega import OmegaKernel
 from nestlearn.ops.rule import MEMORY, Start, WriteRule, unit
@@ -111,8 +112,11 @@ def self_modify(
         if known == len(distinct):
             distinct.append(value)
     split = [value.contiguous().split(sizes, dim=2) for value in distinct]
-    fast = isinstance(kernel, LinearKernel) and LinearSegments.covers(kernel)
-    advance = LinearSegments(kernel, source) if fast else partial(step, kernel)
+    advance: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]] = partial(step, kernel)
+    if isinstance(kernel, LinearKernel) and LinearSegments.covers(kernel):
+        advance = LinearSegments(kernel, source)
+    elif isinstance(kernel, MLPKernel) and MLPSegments.covers(kernel):
+        advance = MLPSegments(kernel, source)
     for n, (i, j, refresh_others, refresh_memory) in enumerate(segments):
         refreshed = refresh_others is not False or refresh_memory is not False
         if refreshed:

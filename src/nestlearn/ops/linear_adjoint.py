@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nestlearn.ops.adjoint import Gates, Tables, per_sequence, unit, unit_adjoint
+from nestlearn.ops.adjoint import Gates, Tables, per_sequence, second_order, unit, unit_adjoint
 from nestlearn.ops.rule import GATES, MEMORY, Start
 from nestlearn.ops.step import step
 
@@ -93,7 +93,7 @@ class LinearSegments:
         scale: Tensor,
         erase: Tensor | None,
         *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """The same by :func:`nestlearn.ops.step.step`: what a second derivative goes through."""
         start, rule = self.kernel.start, self.kernel.rule
         bias = {"eta": bias_eta} | ({} if bias_alpha is None else {"alpha": bias_alpha})
@@ -194,15 +194,9 @@ class LinearSegment(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, d_queries: Tensor | None, d_s: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan, valid = ctx.plan, ctx.valid
         given, saved = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
-        if torch.is_grad_enabled():  # a second derivative is asked for
-            y, q, s = plan.by_autograd(valid, *given)
-            outputs, weights = [y, s], [d_y, d_s]
-            if d_queries is not None:
-                outputs, weights = [*outputs, q], [*weights, d_queries]
-            wanted = [t for t, needed in zip(given, ctx.needs_input_grad[2:], strict=True) if needed]
-            found = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=True, allow_unused=True))
-            return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
-
+        if torch.is_grad_enabled():
+            again, d_outputs = lambda: plan.by_autograd(valid, *given), (d_y, d_queries, d_s)
+            return second_order(again, given, ctx.needs_input_grad[2:], d_outputs)
         kernel, rule = plan.kernel, plan.kernel.rule
         anchor, state, _, _, scale, erase, *inputs = given
         batch, heads = anchor.shape[:2]
