@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from nestlearn.cli import app
 from nestlearn.convert import ContinualModel, Level, LevelsConfig, base_hash, convert
 from nestlearn.convert.saved import load_base
+from nestlearn.data.tokenizers import load_tokenizer
 from nestlearn.errors import UserError
+from nestlearn.train.loading import load_model
 from tests.convert.models import make, tokens
 
 CONFIG = LevelsConfig("split", (Level(4, 0.1), Level(8, 0.1, retention=0.5)), layers=[1, 3])
@@ -124,3 +126,21 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
         assert isinstance(failed.exception, UserError)
         assert says in str(failed.exception)
         assert not (tmp_path / "x").exists()
+
+
+def test_a_converted_folder_is_a_model_for_every_command(base: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.save_pretrained(base)
+    model, _ = converted_folder(base, tmp_path / "learned")
+    with pytest.raises(UserError, match="do not belong together"):
+        load_model(tmp_path / "learned")
+    wide = make()
+    wide.resize_token_embeddings(len(tokenizer))
+    wide.save_pretrained(base)
+    model, _ = converted_folder(base, tmp_path / "wide")
+    loaded, found = load_model(tmp_path / "wide")
+    assert found.get_vocab() == tokenizer.get_vocab()
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    done = CliRunner().invoke(app, ["generate", str(tmp_path / "wide"), "--prompt", "ab", "--seed", "0", "--json"])
+    assert json.loads(done.stdout)["text"]

@@ -17,6 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from nestlearn.convert import ContinualModel, model_folder
+from nestlearn.convert.saved import LEVELS
 from nestlearn.data.text_files import find_path
 from nestlearn.data.tokenizers import blame, read_tokenizer, reason
 from nestlearn.errors import UserError
@@ -26,6 +28,9 @@ INDEX = "model.safetensors.index.json"
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer from a folder that ``save_pretrained`` wrote, for inference.
+
+    Of a folder of ``nestlearn convert`` it is the `ContinualModel` with what it learned, and the tokenizer of its base;
+    a model of ``nestlearn pull`` may be given by its name.
 
     On the GPU if there is one, in the data type it was saved in. Only safetensors are read, never a pickle,
     and no code from the folder is run. Raises `UserError` for a missing folder or file, a ``config.json``
@@ -37,13 +42,11 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         ...
     nestlearn.errors.UserError: no model folder 'no/such/folder': give the run folder of `nestlearn train`
     """
-    folder = find_path(path, "model folder")
+    folder = find_path(model_folder(path), "model folder")
     if not folder.is_dir():
         raise UserError(f"no model folder {str(path)!r}: give the run folder of `nestlearn train`")
-    config = read_config(folder)
-    _check_weights(folder)
-    tokenizer = read_tokenizer(folder)
-    model = _weights(folder, config)
+    converted = (folder / LEVELS).is_file()
+    model, config, tokenizer = _converted(folder) if converted else _ordinary(folder)
     size = config.get_text_config().vocab_size
     if len(tokenizer) > size:
         raise UserError(
@@ -52,6 +55,18 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if torch.cuda.is_available():
         model.cuda()
     return model.eval(), tokenizer
+
+
+def _ordinary(folder: Path) -> tuple[Any, PreTrainedConfig, PreTrainedTokenizerBase]:
+    config = read_config(folder)
+    _check_weights(folder)
+    tokenizer = read_tokenizer(folder)
+    return _weights(folder, config), config, tokenizer
+
+
+def _converted(folder: Path) -> tuple[Any, PreTrainedConfig, PreTrainedTokenizerBase]:
+    model = ContinualModel.from_pretrained(folder)
+    return model, model.config, read_tokenizer(Path(model.config.name_or_path))
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

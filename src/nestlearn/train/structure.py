@@ -7,12 +7,12 @@ made in a moment, whatever its size.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
+from nestlearn.convert import model_folder
 from nestlearn.errors import UserError, nearest
 from nestlearn.train.recipe import Recipe, load_preset, load_recipe, preset_names
 
@@ -61,7 +61,7 @@ def _find(name: str) -> tuple[Recipe | None, PreTrainedConfig]:
     from nestlearn.train.loading import read_config
     from nestlearn.train.model import model_config
 
-    path = Path(name)
+    path = model_folder(name)
     if path.is_dir():
         own = path / "run.toml"
         return (load_recipe(own) if own.is_file() else None), read_config(path)
