@@ -26,12 +26,14 @@ class Row:
         model: the name in the report.
         arguments: of the plan's function for this row alone, of JSON's types.
         reason: why the row cannot be run, in one line; ``None`` if it can.
+        rates: in place of the plan's, and as many: of a method that has no learning rate but something else to choose.
     """
 
     setting: str
     model: str
     arguments: Mapping[str, Any]
     reason: str | None = None
+    rates: Sequence[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,13 @@ class Plan:
     def search(self) -> dict[tuple[int, float], Cell]:
         """The first stage, by number of the row and learning rate."""
         able = [n for n, row in enumerate(self.rows) if row.reason is None]
-        return {(n, lr): self.cell(self.rows[n], lr, self.seeds[0]) for n in able for lr in self.rates}
+        return {(n, lr): self.cell(self.rows[n], lr, self.seeds[0]) for n in able for lr in self.rates_of(n)}
+
+    def rates_of(self, row: int) -> Sequence[float]:
+        """What is tried for the row of that number; every row has as many."""
+        own = self.rows[row].rates
+        assert own is None or len(own) == len(self.rates), "a row with another search budget"
+        return self.rates if own is None else own
 
     def recipe(self) -> dict[str, Any]:
         """All that a reader needs to repeat a number, but the arguments of each row."""
@@ -115,7 +123,7 @@ def outcomes(plan: Plan, folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     kept |= finished_cells(list(later.values()), folder)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for n, row in enumerate(plan.rows):
-        tried = {lr: search[n, lr] for lr in plan.rates if (n, lr) in search}
+        tried = {lr: search[n, lr] for lr in plan.rates_of(n) if (n, lr) in search}
         finished = {lr: kept[cell.name] for lr, cell in tried.items() if cell.name in kept}
         lr = best({rate: record["result"] for rate, record in finished.items()}, plan.criterion)
         complete = bool(tried) and len(finished) == len(tried)
@@ -125,7 +133,7 @@ def outcomes(plan: Plan, folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
             **_state(row, plan, len(finished), complete, records),
             "grid": [[rate, _value(record["result"], plan.criterion[0])] for rate, record in finished.items()],
             "lr": lr if complete else None,
-            "at_edge": complete and len(plan.rates) > 1 and lr in (min(plan.rates), max(plan.rates)),
+            "at_edge": complete and len(plan.rates) > 1 and lr in (min(plan.rates_of(n)), max(plan.rates_of(n))),
             "arguments": dict(row.arguments),
             "commits": Counter(str(record.get("commit")) for record in [*finished.values(), *seeds]),
             "seconds": sum(record["seconds"] for record in [*finished.values(), *seeds]),
@@ -167,7 +175,7 @@ def _seed_cells(plan: Plan, folder: Path) -> dict[tuple[int, int], Cell]:
     kept = finished_cells(list(search.values()), folder)
     cells = {}
     for n in {n for n, _ in search}:
-        names = {lr: search[n, lr].name for lr in plan.rates}
+        names = {lr: search[n, lr].name for lr in plan.rates_of(n)}
         if all(name in kept for name in names.values()):
             lr = best({lr: kept[name]["result"] for lr, name in names.items()}, plan.criterion)
             if lr is not None:
