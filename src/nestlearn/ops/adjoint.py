@@ -159,6 +159,11 @@ class Tables(NamedTuple):
         return d_k, torch.zeros_like(reached) if d_eta is None else d_eta, d_log_alpha, d_erase
 
 
+def each(t: Tensor, batch: int) -> Tensor:
+    """What the heads have, (H, ...), for every sequence: (N, ...)."""
+    return t.expand(batch, *t.shape).flatten(0, 1)
+
+
 def per_sequence(valid: Tensor, batch: int, heads: int) -> Tensor:
     """Which tokens count, (B, 1, c), for every head: (N, c)."""
     return valid.expand(batch, heads, -1).flatten(0, 1)

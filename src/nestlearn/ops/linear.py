@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.memory import objectives
-from nestlearn.ops.rule import GATES, MEMORY, REACH, Start, WriteRule, clip, exceeds, shrink
+from nestlearn.ops.rule import GATES, MEMORY, REACH, Start, WriteRule, clip
 from nestlearn.ops.segment import Segment
 
 Packed = tuple[Tensor, ...]
@@ -65,13 +66,22 @@ class LinearKernel:
             return packed
         if self.start.accumulates is not None:
             bound = bound * (1 + (REACH - 1) * self.start.accumulates.to(packed[0].dtype))
-        if not exceeds(packed[0].split(self.rows, dim=-2), bound):
-            return packed
         if isinstance(bound, Tensor):
-            bound = bound[:, None, None]
-        squares = packed[0].square().sum(-1, keepdim=True).split(self.rows, dim=-2)
-        factors = [shrink(s.sum(-2, keepdim=True), (s.shape[-2], self.width), bound).expand_as(s) for s in squares]
-        return (packed[0] * torch.cat(factors, dim=-2),)
+            bound = bound[:, None]
+        sizes = self.blocks.sum(-1).clamp(max=packed[0].shape[-1])
+        most = bound**2 * sizes  # of the summed squares of a block
+        squares = torch.linalg.vector_norm(packed[0].detach(), dim=-1).square() @ self.blocks.mT
+        if packed[0].device.type == "cpu" and not bool((squares > most).any()):
+            return packed
+        squares = packed[0].square().sum(-1) @ self.blocks.mT
+        factors = (most / squares.maximum(most)).sqrt()  # (B, H, n)
+        return (packed[0] * (factors @ self.blocks).unsqueeze(-1),)
+
+    @cached_property
+    def blocks(self) -> Float[Tensor, "n R"]:
+        """Which row is whose: a product with it spreads a number over a block, one with its transpose sums."""
+        rows = torch.tensor(self.rows, device=self.scale.device)
+        return torch.eye(len(rows), dtype=self.scale.dtype, device=self.scale.device).repeat_interleave(rows, -1)
 
     def generate(self, anchor: Packed, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each projection memory makes of its input ``x[name]`` (B, H, c, d): raw gates (B, H, c), vectors

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nestlearn.ops.adjoint import Gates, Tables, per_sequence, second_order, unit, unit_adjoint
+from nestlearn.ops.adjoint import Gates, Tables, each, per_sequence, second_order, unit, unit_adjoint
 from nestlearn.ops.rule import GATES, MEMORY, Start
 from nestlearn.ops.step import step
 
@@ -58,12 +57,6 @@ class LinearSegments:
         ones = start.bias["eta"].new_ones(start.bias["eta"].shape)
         self.scale = torch.stack([start.write_scale.get(name, ones) for name in names], -1)  # (H, n)
         self.gates = sum(name in GATES for name in names)
-
-    @cached_property
-    def blocks(self) -> Tensor:
-        """(n, R): which row is whose. A product with it spreads a number over a block, one with its transpose sums."""
-        rows = torch.tensor(self.kernel.rows, device=self.scale.device)
-        return torch.eye(len(rows), dtype=self.scale.dtype, device=self.scale.device).repeat_interleave(rows, -1)
 
     def __call__(
         self, anchor: Packed, state: Packed, momentum: Packed, piece: Mapping[str, Tensor], valid: Tensor | None
@@ -145,26 +138,24 @@ class LinearSegment(torch.autograd.Function):
         u = torch.bmm(v, generated.mT)
         if not own:
             u = torch.cat([u, v.repeat(1, 1, len(kernel.names) - plan.gates)], -1)
-        accumulates = (
-            None if kernel.start.accumulates is None else kernel.start.accumulates.repeat(batch)[:, None, None]
-        )
+        accumulates = None if kernel.start.accumulates is None else each(kernel.start.accumulates, batch)[:, None, None]
         if accumulates is not None:
             u[..., kernel.others :] = torch.where(accumulates, v, u[..., kernel.others :])
         factor = None
         if rule.clip_values:
-            factor = torch.matmul(u * u, plan.blocks.mT).clamp_min_(1.0).rsqrt_()
+            factor = torch.matmul(u * u, kernel.blocks.mT).clamp_min_(1.0).rsqrt_()
             if not own:
                 factor[..., plan.gates :] = 1
             if accumulates is not None:
                 factor[..., -1:].masked_fill_(accumulates, 1)
-        steps = gates.eta.unsqueeze(-1) * scale.repeat(batch, 1).unsqueeze(1)
-        z = u * torch.matmul(steps if factor is None else steps * factor, plan.blocks)
+        steps = gates.eta.unsqueeze(-1) * each(scale, batch).unsqueeze(1)
+        z = u * torch.matmul(steps if factor is None else steps * factor, kernel.blocks)
         answer = None
         if rule.objective == "l2":
             answer = torch.bmm(k, a.mT)
-            z.addcmul_(answer, torch.matmul(steps, plan.blocks), value=-1)
+            z.addcmul_(answer, torch.matmul(steps, kernel.blocks), value=-1)
 
-        share = None if erase is None else erase.repeat(batch).unsqueeze(-1)
+        share = None if erase is None else each(erase, batch).unsqueeze(-1)
         tables = Tables.of(k, gates, share, rule.delta)
         if rule.delta:
             z = torch.bmm(tables.inverse, torch.baddbmm(z, k * (tables.strength * tables.gamma), s0.mT, alpha=-1))
@@ -204,7 +195,7 @@ class LinearSegment(torch.autograd.Function):
         gates, tables = Gates(*saved[:4]), Tables(*saved[4:10])
         k, q, v, k_factor, q_factor, v_factor, u, factor, steps, answer, z, scores = saved[10:]
         n, own = kernel.others, rule.self_values
-        share = None if erase is None else erase.repeat(batch).unsqueeze(-1)
+        share = None if erase is None else each(erase, batch).unsqueeze(-1)
 
         # The state at the end.
         d_z = torch.bmm(k * tables.last, d_s.mT)
@@ -244,15 +235,15 @@ class LinearSegment(torch.autograd.Function):
             d_k += d_key
 
         # Errors and self-generated values: with t = factor U, d U = factor (d t - [clipped] t (t . d t)).
-        along = torch.matmul(u * d_z, plan.blocks.mT)
+        along = torch.matmul(u * d_z, kernel.blocks.mT)
         d_steps = along if factor is None else along * factor
-        d_u = d_z * torch.matmul(steps if factor is None else steps * factor, plan.blocks)
+        d_u = d_z * torch.matmul(steps if factor is None else steps * factor, kernel.blocks)
         if factor is not None:
             turn = (steps * along).mul_(factor**3).mul_(factor < 1)
-            d_u.addcmul_(u, torch.matmul(turn, plan.blocks), value=-1)
+            d_u.addcmul_(u, torch.matmul(turn, kernel.blocks), value=-1)
         d_v = torch.zeros_like(v)
         if kernel.start.accumulates is not None:
-            mask = kernel.start.accumulates.repeat(batch)[:, None, None]
+            mask = each(kernel.start.accumulates, batch)[:, None, None]
             d_v += d_u[..., n:] * mask
             d_u[..., n:].masked_fill_(mask, 0)
         if own:
@@ -265,16 +256,14 @@ class LinearSegment(torch.autograd.Function):
                 d_v.baddbmm_(d_u[..., : plan.gates], a[:, : plan.gates])
                 d_a[:, : plan.gates] = torch.bmm(d_u[..., : plan.gates].mT, v)
         if answer is not None:
-            d_steps = d_steps - torch.matmul(answer * d_z, plan.blocks.mT)
-            d_answer = d_z * torch.matmul(steps, plan.blocks)
+            d_steps = d_steps - torch.matmul(answer * d_z, kernel.blocks.mT)
+            d_answer = d_z * torch.matmul(steps, kernel.blocks)
             d_k.baddbmm_(d_answer, a, alpha=-1)
             d_a.baddbmm_(d_answer.mT, k, alpha=-1)
         if rule.read == "anchor":
             d_a[:, n:] += torch.bmm(d_y.mT, q)
         d_scale = (d_steps * gates.eta.unsqueeze(-1)).sum(1).unflatten(0, (batch, heads)).sum(0)
-        d_eta = torch.addcmul(
-            d_eta, torch.ones_like(d_eta), torch.matmul(d_steps, scale.repeat(batch, 1).unsqueeze(-1)).squeeze(-1)
-        )
+        d_eta = d_eta + torch.matmul(d_steps, each(scale, batch).unsqueeze(-1)).squeeze(-1)
 
         # Generation.
         counts = None if valid is None else per_sequence(valid, batch, heads)
@@ -306,7 +295,7 @@ class LinearSegment(torch.autograd.Function):
             if name not in kernel.names:
                 add(i, d_made[name])
         per_head = lambda t: t.sum(-1).unflatten(0, (batch, heads)).sum(0)  # noqa: E731
-        shape = anchor.shape[:2]
+        shape = batch, heads
         return (
             None,
             None,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.ops.adjoint import Gates, Tables, per_sequence, second_order, unit, unit_adjoint
+from nestlearn.ops.adjoint import Gates, Tables, each, per_sequence, second_order, unit, unit_adjoint
 from nestlearn.ops.rule import MEMORY, Start, WriteRule
 from nestlearn.ops.step import step
 
@@ -125,12 +125,12 @@ class MLPSegment(torch.autograd.Function):
         out = [torch.bmm(part(h, m), w1[m].mT) for m in range(n)]
         gate_out = torch.cat(out[:g], -1) if g else z.new_zeros(*z.shape[:2], 0)
         wide_out = torch.stack(out[g:], 1).add_(both.unsqueeze(1))
-        steps = gates.eta.unsqueeze(-1) * scale.repeat(batch, 1).unsqueeze(1)  # (N, c, n)
+        steps = gates.eta.unsqueeze(-1) * each(scale, batch).unsqueeze(1)  # (N, c, n)
         gate_written, gate_factor = _written(gate_out.mT.unsqueeze(-1), steps[..., :g].mT.unsqueeze(-1), rule)
         wide_written, wide_factor = _written(wide_out, steps[..., g:].mT.unsqueeze(-1), rule)
         r = [*gate_written.unbind(1), *wide_written.unbind(1)]
         back = torch.cat([torch.bmm(r[m], w1[m]) for m in range(n)], -1)
-        share = None if erase is None else erase.repeat(batch).unsqueeze(-1)
+        share = None if erase is None else each(erase, batch).unsqueeze(-1)
         tables = Tables.of(k, gates, share, rule.delta)
         written = silu_adjoint(back, z[:, :c])
         if rule.delta:
@@ -153,12 +153,12 @@ class MLPSegment(torch.autograd.Function):
             scores = torch.bmm(q, k.mT).mul_(tables.ratio)
             zq = torch.baddbmm(torch.bmm(scores, written[..., memory]), q * tables.gamma, s2[:, memory].mT)
             if base2 is not None:
-                zq.baddbmm_(q, base2.repeat(batch, 1, 1).mT)
+                zq.baddbmm_(q, each(base2, batch).mT)
             hq = F.silu(zq)
             scores1 = torch.bmm(hq, h[:, :c, memory].mT).mul_(tables.ratio)
             y = torch.baddbmm(torch.baddbmm(q, scores1, r[-1]), hq * tables.gamma, s1[:, -1].mT)
             if base1 is not None:
-                y.baddbmm_(hq, base1.repeat(batch, 1, 1).mT)
+                y.baddbmm_(hq, each(base1, batch).mT)
 
         ctx.plan, ctx.valid, ctx.given = plan, valid, len(given)
         ctx.save_for_backward(
@@ -192,7 +192,7 @@ class MLPSegment(torch.autograd.Function):
         r = [*gate_written.unbind(1), *wide_written.unbind(1)]
         part = lambda t, m: t[..., m * width : (m + 1) * width]  # noqa: E731
         memory = slice((n - 1) * width, None)
-        share = None if erase is None else erase.repeat(batch).unsqueeze(-1)
+        share = None if erase is None else each(erase, batch).unsqueeze(-1)
         zk, hk = z[:, :c], h[:, :c]
 
         # The states at the end.
@@ -226,7 +226,7 @@ class MLPSegment(torch.autograd.Function):
             d_hq.baddbmm_(d_scores, hk[..., memory])
             d_hk[..., memory] += torch.bmm(d_scores.mT, hq)
             if base1 is not None:
-                d_hq.baddbmm_(d_y, base1.repeat(batch, 1, 1))
+                d_hq.baddbmm_(d_y, each(base1, batch))
                 d_base1 = torch.bmm(d_y.mT, hq)
             d_zq = silu_adjoint(d_hq, zq)
             d_q = torch.bmm(d_zq, s2[:, memory]).mul_(tables.gamma)
@@ -239,7 +239,7 @@ class MLPSegment(torch.autograd.Function):
             d_q.add_(d_y).baddbmm_(d_scores, k)
             d_k.baddbmm_(d_scores.mT, q)
             if base2 is not None:
-                d_q.baddbmm_(d_zq, base2.repeat(batch, 1, 1))
+                d_q.baddbmm_(d_zq, each(base2, batch))
                 d_base2 = torch.bmm(d_zq.mT, q)
 
         # The writes to W2.
@@ -280,7 +280,7 @@ class MLPSegment(torch.autograd.Function):
             d_w1[m].baddbmm_(d_out[m].mT, part(h, m))
         d_z = silu_adjoint(d_h, z)
         s = torch.sigmoid(zk)
-        curved = torch.addcmul(2 * torch.ones_like(s), zk, 1 - 2 * s).mul_(s * (1 - s))  # silu''
+        curved = torch.lerp(hk, 2 - hk, s).mul_(1 - s)  # silu''
         d_z[:, :c].addcmul_(curved.mul_(back), d_written)
         d_both = torch.baddbmm(d_wide_out.sum(1), d_z, a2)
         d_a2 = torch.bmm(d_z.mT, both)
@@ -289,7 +289,7 @@ class MLPSegment(torch.autograd.Function):
         if rule.read == "anchor":
             d_a2[:, memory] += torch.bmm(d_zq.mT, q)
             d_w1[-1].baddbmm_(d_y.mT, hq)
-        d_eta = d_eta + (d_steps * scale.repeat(batch, 1).unsqueeze(-1)).sum(1)
+        d_eta = d_eta + (d_steps * each(scale, batch).unsqueeze(-1)).sum(1)
         d_scale = (d_steps * gates.eta.unsqueeze(1)).sum(-1)
 
         # Generation.
