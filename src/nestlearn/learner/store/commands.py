@@ -196,9 +196,7 @@ def verify(store: Folder, as_json: Json = False) -> None:
         size = f"{report.bytes / 1e6:,.1f} MB"
         _print(f"{report.snapshots:,} snapshots{loose}, {report.objects:,} objects, {size}", *report.problems)
     if report.problems:
-        raise UserError(
-            f"{store} is damaged ({len(report.problems)} problems): the snapshots that are not named are whole"
-        )
+        raise UserError(f"{store} is damaged (problems: {len(report.problems)}): roll back to a snapshot without them")
     if not as_json:
         _print("everything is whole")
 
