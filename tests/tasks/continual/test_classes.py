@@ -48,7 +48,7 @@ def test_a_cell_of_every_method(data: str, given: dict) -> None:
         pytest.importorskip("peft")
     recipe = RECIPES["smoke"] | dict(classes=5, groups=2, train=3, validation=1, test=2)
     lr = 2 if given["method"] in class_incremental.CHOSEN else 1e-3
-    result = learn_classes(name="clinc150", lr=lr, seed=0, data=data, **given, **recipe)
+    result = learn_classes(name="clinc150", lr=lr, seed=0, data=data, **(recipe | given))
     groups = 1 if given.get("joint") else 2
     assert len(result["curve"]) == len(result["accuracies"]) == groups
     assert result["average"] == result["curve"][-1] == pytest.approx(sum(result["accuracies"][-1]) / 2)

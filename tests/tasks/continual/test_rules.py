@@ -7,7 +7,7 @@ import torch
 from nestlearn.errors import UserError
 from nestlearn.tasks.continual.classes import Example
 from nestlearn.tasks.continual.late import LateModel
-from nestlearn.tasks.continual.learners import ClassGaussians, Demonstrations, Embedder, GradientLearner, Reader
+from nestlearn.tasks.continual.learners import ClassGaussians, Demonstrations, Embedder, GradientLearner, Memory, Reader
 from nestlearn.tasks.continual.pretrained import load_model
 from nestlearn.tasks.continual.rules import EWC, Rule, make_rule
 
@@ -142,3 +142,28 @@ def test_in_context_only_candidates_and_seen_labels_can_win() -> None:
 def test_rules_are_of_the_protocol() -> None:
     rule: Rule = learner("mlp").rule
     assert rule.parameters > 0
+
+
+def test_memory_gives_what_is_most_alike_last_and_never_the_example_itself() -> None:
+    points = {"a": [0.0, 1.0], "b": [1.0, 1.0], "c": [5.0, 0.0], "like c": [6.0, 0.1]}
+    memory = Memory(Told(points))
+    kept = [Example(name, n) for n, name in enumerate("abc")]
+    memory.add(kept)
+    assert [e.text for e in memory.like([Example("like c", 0)], 2)[0]][-1] == "c"
+    own = memory.like(kept, 3)
+    assert [sorted(e.text for e in shown) for shown in own] == [["b", "c"], ["a", "c"], ["a", "b"]]
+
+
+def test_with_a_memory_kept_examples_stand_before_the_text() -> None:
+    plain = learner("mlp")
+    model, _ = load_model("tiny")
+    memory = Memory(Embedder(model, plain.reader))
+    one = GradientLearner(
+        plain.late, plain.rule, plain.reader, epochs=1, batch=2, generator=plain.generator, memory=memory, shown=1
+    )
+    one.learn(EXAMPLES)
+    (prompt,) = one._prompts(EXAMPLES[:1])
+    assert prompt.endswith("\n\n" + EXAMPLES[0].prompt)
+    assert prompt.count("Text:") == 2
+    assert EXAMPLES[0].text not in prompt.removesuffix(EXAMPLES[0].prompt)
+    assert one.scores(EXAMPLES, 2).isfinite().all()

@@ -6,11 +6,14 @@ end are likeliest behind ``Text: ... / Label:`` (the exact log-probability of ea
 
 All that learn by gradients read the same batches in the same order, and have the loss of the language model on the
 label's tokens; about as many parameters may change in each (but in "all weights"). Rows of Hope differ in their levels
-alone. Joint training has all groups at once: a ceiling, not a continual learner.
+alone. "With demonstrations" kept examples stand before each text, as in ICL, also while it is learned, so that the
+context is the fastest memory and the levels learn to use it; such rows read each group once. Joint training has all
+groups at once: a ceiling, not a continual learner.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +31,7 @@ from nestlearn.tasks.continual.learners import (
     Demonstrations,
     Embedder,
     GradientLearner,
+    Memory,
     Reader,
 )
 from nestlearn.tasks.continual.metrics import average_accuracy, backward_transfer, forgetting
@@ -40,12 +44,15 @@ from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figur
 
 TITLE = "Class-incremental learning (figure 6)"
 PERIODS = (128, 512, 2048, 8192)  # tokens; a row of n levels has the first n
+WITH = {"shown": 4, "epochs": 1}
 GRADIENT = {
     **{f"hope, {n} level{'s' * (n > 1)}": {"method": "hope", "levels": n} for n in range(1, 5)},
     "fine-tuning, same blocks": {"method": "mlp"},
     "fine-tuning, all weights": {"method": "all"},
     "ewc": {"method": "ewc"},
     "lora": {"method": "lora"},
+    "hope, 4 levels, with demonstrations": {"method": "hope", "levels": 4, **WITH},
+    "fine-tuning, with demonstrations": {"method": "mlp", **WITH},
     "joint training": {"method": "mlp", "joint": True},
 }
 IN_CONTEXT = {"icl": {"method": "icl"}, "inca": {"method": "inca"}}
@@ -53,8 +60,8 @@ CHOSEN = {"icl": "demonstrations", "inca": "candidates"}  # what is searched in 
 ORDER = {"hope": 4.0, "inca": 3.0, "ewc": 2.0, "icl": 1.0}  # figure 6: only the order is known, 4 is the best
 RECIPES: dict[str, dict[str, Any]] = {
     "smoke": dict(model="tiny", classes=4, groups=2, train=2, validation=1, test=1, epochs=1, batch=2, rank=2),
-    "cpu": dict(model="smollm2", classes=30, groups=5, train=10, validation=5, test=5, epochs=4, batch=4, rank=64),
-    "gpu": dict(model="smollm2", classes=150, groups=10, train=80, validation=15, test=30, epochs=4, batch=8, rank=64),
+    "cpu": dict(model="smollm2", classes=20, groups=5, train=10, validation=5, test=5, epochs=3, batch=4, rank=64),
+    "gpu": dict(model="smollm2", classes=150, groups=10, train=80, validation=15, test=30, epochs=3, batch=8, rank=64),
 }
 SETTINGS = {
     "smoke": {"clinc150": {}},
@@ -64,7 +71,7 @@ SETTINGS = {
 }
 RATES = {"smoke": (1e-3,), "cpu": (3e-5, 1e-4, 3e-4), "gpu": (1e-5, 3e-5, 1e-4, 3e-4)}
 COUNTS = {
-    "icl": {"smoke": (2,), "cpu": (3, 6, 12), "gpu": (3, 6, 12, 24)},
+    "icl": {"smoke": (2,), "cpu": (2, 4, 8), "gpu": (4, 8, 16, 32)},
     "inca": {"smoke": (2,), "cpu": (1, 2, 4), "gpu": (1, 2, 4, 8)},
 }
 SEEDS = {"smoke": (0,), "cpu": (0, 1), "gpu": (0, 1, 2)}
@@ -156,6 +163,7 @@ def learn_classes(
     batch: int,
     rank: int,
     levels: int = 0,
+    shown: int = 0,
     joint: bool = False,
 ) -> dict[str, Any]:
     """A cell: one method learns the groups of a data set.
@@ -171,6 +179,7 @@ def learn_classes(
         epochs, batch: how often a group is read, and examples of a step.
         rank: of LoRA.
         levels: of Hope.
+        shown: kept examples that stand before every text, see `GradientLearner`; 0 keeps none.
         joint: learn all groups as one.
 
     Returns in percent ``average``, ``incremental`` (mean of the averages after each group), ``forgetting``,
@@ -179,7 +188,7 @@ def learn_classes(
     """
     problem = load_groups(data, name, classes, groups, train, validation, test, seed)
     torch.manual_seed(seed)
-    learner = make_learner(*load_model(model), problem, method, lr, seed, epochs, batch, rank, levels)
+    learner = make_learner(*load_model(model), problem, method, lr, seed, epochs, batch, rank, levels, shown)
     counts = np.cumsum([len(group) for group in problem.groups]).tolist()
     rows: list[list[float]] = []
     try:
@@ -221,6 +230,7 @@ def make_learner(
     batch: int,
     rank: int,
     levels: int,
+    shown: int,
 ) -> ClassLearner:
     """The learner of a cell, see `learn_classes`."""
     reader = Reader(tokenizer, problem.labels)
@@ -234,9 +244,11 @@ def make_learner(
     first = 0 if method in ("all", "lora") else count - max(-(-count // LATE), levels)
     late = LateModel(model, first)
     config = {"layers": "all", "levels": [{"period": period} for period in PERIODS[:levels]]}
+    # Embeddings are those of the pretrained model, whatever is learned.
+    memory = Memory(Embedder(copy.deepcopy(model).requires_grad_(False), reader)) if shown else None
     rule = make_rule(method, late.top, lr, levels=config, strength=STRENGTH, rank=rank)
-    generator = np.random.default_rng(seed)
-    return GradientLearner(late, rule, reader, epochs=epochs, batch=batch, generator=generator)
+    given = dict(epochs=epochs, batch=batch, generator=np.random.default_rng(seed))
+    return GradientLearner(late, rule, reader, **given, memory=memory, shown=shown)
 
 
 def accuracy(learner: ClassLearner, examples: list[Example], labels: int) -> float:

@@ -21,7 +21,7 @@ FILES = {  # what a data set needs of the data folder
     "dbpedia": ["dbpedia_hier/val.csv", "dbpedia_hier/test.csv", "dbpedia_hier/labels_inferred.json"],
 }
 PROMPT = "Text: {}\nLabel:"
-WORDS = 40  # of a text, at most: articles of DBpedia are longer than the requests of the other two
+WORDS = 24  # of a text, at most: articles of DBpedia are longer than the requests of the other two
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,68 +54,9 @@ class Reader:
         """The example with its label, as it stands in a context."""
         return example.prompt + self.endings[example.label] + "\n"
 
-
-class GradientLearner:
-    """Learns ``text -> label`` from the loss of the label's tokens.
-
-    A group is dealt into batches once, and read ``epochs`` times, the batches in another order each time. The loss is
-    that of the language model, over its whole vocabulary: no method is told which labels there are.
-    """
-
-    def __init__(
-        self, late: LateModel, rule: Rule, reader: Reader, *, epochs: int, batch: int, generator: np.random.Generator
-    ) -> None:
-        self.late, self.rule, self.reader = late, rule, reader
-        self.epochs, self.batch, self.generator = epochs, batch, generator
-        self.parameters = rule.parameters
-        self.sheets: dict[Any, Sheet] = {}
-
-    def learn(self, examples: Sequence[Example]) -> None:
-        order = self.generator.permutation(len(examples))
-        parts = np.array_split(order, -(-len(order) // self.batch))
-        losses = [self._loss([examples[i] for i in part]) for part in parts]
-        for _ in range(self.epochs):
-            for place in self.generator.permutation(len(losses)):
-                loss, scored, tokens = losses[place]
-                with self.rule.reading():
-                    value = loss()
-                if not torch.isfinite(value):
-                    raise FloatingPointError("the loss is not finite")
-                self.rule.step(value, scored, tokens)
-        with self.rule.reading():
-            self.rule.end_group([self._loss([example])[0] for example in examples])
-
-    @torch.no_grad()
-    def scores(self, examples: Sequence[Example], labels: int) -> Tensor:
-        found = []
-        for begin in range(0, len(examples), SCORED_AT_ONCE):
-            texts = tuple(example.prompt for example in examples[begin : begin + SCORED_AT_ONCE])
-            if texts not in self.sheets:
-                self.sheets[texts] = lay_out([self.reader.tokens(t) for t in texts], self.reader.trie, self.reader.pad)
-            sheet = self.sheets[texts]
-            with self.rule.reading():
-                hidden = self.late.hidden(sheet)
-                found.append(label_scores(hidden, self.late.logits, sheet, self.reader.trie)[:, :labels].cpu())
-        return torch.cat(found)
-
-    def _loss(self, examples: Sequence[Example]) -> tuple[Callable[[], Tensor], int, int]:
-        """The summed loss of the labels of some examples, how many tokens are predicted, and how many are read."""
-        prompts = [self.reader.tokens(example.prompt) for example in examples]
-        labels = [self.reader.labels[example.label] for example in examples]
-        rows = [prompt + label[:-1] for prompt, label in zip(prompts, labels, strict=True)]
-        sheet = lay_out(rows, None, self.reader.pad)
-        longest = sheet.ids.shape[1]
-        where = torch.tensor(
-            [[row, longest - len(label) + n] for row, label in enumerate(labels) for n in range(len(label))]
-        )
-        targets = torch.tensor([token for label in labels for token in label])
-
-        def loss() -> Tensor:
-            hidden = self.late.hidden(sheet)
-            logits = self.late.logits(hidden[where[:, 0], where[:, 1]])
-            return torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
-
-        return loss, len(targets), sum(map(len, rows))
+    def behind(self, shown: Sequence[Example], example: Example) -> str:
+        """The prompt of an example behind others that are solved."""
+        return "".join(map(self.solved, shown)) + example.prompt
 
 
 class Embedder:
@@ -138,6 +79,122 @@ class Embedder:
         return torch.stack([self.known[example.text] for example in examples])
 
 
+class Memory:
+    """Examples that are kept, and those of them that are most like a text, by cosine of centred embeddings."""
+
+    def __init__(self, embed: Embedder) -> None:
+        self.embed = embed
+        self.kept: list[Example] = []
+
+    def add(self, examples: Sequence[Example]) -> None:
+        self.kept += examples
+
+    def like(self, examples: Sequence[Example], count: int) -> list[list[Example]]:
+        """For each example so many kept ones, the most alike last; the example itself is never among them."""
+        vectors = self.embed(self.kept)
+        centre = vectors.mean(0)
+        near = _unit(self.embed(examples) - centre) @ _unit(vectors - centre).T
+        same = torch.tensor([[kept.text == example.text for kept in self.kept] for example in examples])
+        order = near.masked_fill(same, -torch.inf).argsort(dim=1, stable=True)
+        found = []
+        for row, places in enumerate(order.tolist()):
+            able = [place for place in places if not same[row, place]]
+            found.append([self.kept[place] for place in able[-count:]])
+        return found
+
+
+class GradientLearner:
+    """Learns ``text -> label`` from the loss of the label's tokens.
+
+    A group is dealt into batches once, and read ``epochs`` times, the batches in another order each time. The loss is
+    that of the language model, over its whole vocabulary: no method is told which labels there are.
+
+    Args:
+        late, rule, reader: the model, how it learns, and what it reads.
+        epochs: how often a group is read.
+        batch: examples of a step.
+        generator: deals and orders the batches.
+        memory: with one, ``shown`` kept examples stand before every text as in `Demonstrations`, while it is learned
+            and when it is asked for: what is learned is then also how to use them.
+        shown: how many.
+    """
+
+    def __init__(
+        self,
+        late: LateModel,
+        rule: Rule,
+        reader: Reader,
+        *,
+        epochs: int,
+        batch: int,
+        generator: np.random.Generator,
+        memory: Memory | None = None,
+        shown: int = 0,
+    ) -> None:
+        self.late, self.rule, self.reader = late, rule, reader
+        self.epochs, self.batch, self.generator = epochs, batch, generator
+        self.memory, self.shown = memory, shown
+        self.parameters = rule.parameters
+        self.sheets: dict[Any, Sheet] = {}
+
+    def learn(self, examples: Sequence[Example]) -> None:
+        if self.memory is not None:
+            self.memory.add(examples)
+        order = self.generator.permutation(len(examples))
+        parts = np.array_split(order, -(-len(order) // self.batch))
+        losses = [self._loss([examples[i] for i in part]) for part in parts]
+        for _ in range(self.epochs):
+            for place in self.generator.permutation(len(losses)):
+                loss, scored, tokens = losses[place]
+                with self.rule.reading():
+                    value = loss()
+                if not torch.isfinite(value):
+                    raise FloatingPointError("the loss is not finite")
+                self.rule.step(value, scored, tokens)
+        with self.rule.reading():
+            self.rule.end_group([self._loss([example])[0] for example in examples])
+
+    @torch.no_grad()
+    def scores(self, examples: Sequence[Example], labels: int) -> Tensor:
+        found = []
+        for begin in range(0, len(examples), SCORED_AT_ONCE):
+            texts = tuple(self._prompts(examples[begin : begin + SCORED_AT_ONCE]))
+            sheet = self.sheets.get(texts)
+            if sheet is None:
+                sheet = lay_out([self.reader.tokens(t) for t in texts], self.reader.trie, self.reader.pad)
+                if self.memory is None:  # else the next group changes the prompts
+                    self.sheets[texts] = sheet
+            with self.rule.reading():
+                hidden = self.late.hidden(sheet, keep=self.memory is None)
+                found.append(label_scores(hidden, self.late.logits, sheet, self.reader.trie)[:, :labels].cpu())
+        return torch.cat(found)
+
+    def _prompts(self, examples: Sequence[Example]) -> list[str]:
+        if self.memory is None:
+            return [example.prompt for example in examples]
+        shown = self.memory.like(examples, self.shown)
+        return [self.reader.behind(those, example) for those, example in zip(shown, examples, strict=True)]
+
+    def _loss(self, examples: Sequence[Example]) -> tuple[Callable[[], Tensor], int, int]:
+        """The summed loss of the labels of some examples, how many tokens are predicted, and how many are read."""
+        prompts = [self.reader.tokens(prompt) for prompt in self._prompts(examples)]
+        labels = [self.reader.labels[example.label] for example in examples]
+        rows = [prompt + label[:-1] for prompt, label in zip(prompts, labels, strict=True)]
+        sheet = lay_out(rows, None, self.reader.pad)
+        longest = sheet.ids.shape[1]
+        where = torch.tensor(
+            [[row, longest - len(label) + n] for row, label in enumerate(labels) for n in range(len(label))]
+        )
+        targets = torch.tensor([token for label in labels for token in label])
+
+        def loss() -> Tensor:
+            hidden = self.late.hidden(sheet)
+            logits = self.late.logits(hidden[where[:, 0], where[:, 1]])
+            return torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+
+        return loss, len(targets), sum(map(len, rows))
+
+
 class _InContext:
     """What ICL and InCA share: a frozen model, examples that are kept, and labels scored behind demonstrations."""
 
@@ -146,24 +203,23 @@ class _InContext:
     def __init__(self, model: PreTrainedModel, reader: Reader, embed: Embedder) -> None:
         self.reader, self.embed = reader, embed
         self.late = LateModel(model, 0)
-        self.kept: list[Example] = []
+        self.memory = Memory(embed)
 
     def learn(self, examples: Sequence[Example]) -> None:
-        self.kept += examples
+        self.memory.add(examples)
 
     @torch.no_grad()
     def _label_scores(self, shown: Sequence[Example], example: Example, labels: int) -> Tensor:
-        text = "".join(self.reader.solved(one) for one in shown) + example.prompt
-        sheet = lay_out([self.reader.tokens(text)], self.reader.trie, self.reader.pad)
+        sheet = lay_out([self.reader.tokens(self.reader.behind(shown, example))], self.reader.trie, self.reader.pad)
         scores = label_scores(self.late.hidden(sheet), self.late.logits, sheet, self.reader.trie)
         return scores[0, :labels].cpu()
 
 
 class Demonstrations(_InContext):
-    """ICL: the kept examples that are most like the text, by cosine of centred embeddings, stand before it.
+    """ICL: the kept examples that are most like the text stand before it.
 
     Args:
-        shown: how many, the most alike last.
+        shown: how many.
     """
 
     def __init__(self, model: PreTrainedModel, reader: Reader, embed: Embedder, *, shown: int) -> None:
@@ -171,14 +227,8 @@ class Demonstrations(_InContext):
         self.shown = shown
 
     def scores(self, examples: Sequence[Example], labels: int) -> Tensor:
-        memory = self.embed(self.kept)
-        centre = memory.mean(0)
-        near = _unit(self.embed(examples) - centre) @ _unit(memory - centre).T
-        best = near.argsort(dim=1, stable=True)[:, -self.shown :]
-        rows = []
-        for example, places in zip(examples, best.tolist(), strict=True):
-            rows.append(self._label_scores([self.kept[place] for place in places], example, labels))
-        return torch.stack(rows)
+        shown = self.memory.like(examples, self.shown)
+        return torch.stack([self._label_scores(s, e, labels) for s, e in zip(shown, examples, strict=True)])
 
 
 class ClassGaussians(_InContext):
@@ -226,14 +276,15 @@ class ClassGaussians(_InContext):
         if self.candidates == 1:
             return -distances
         order = distances.argsort(dim=1, stable=True)[:, : self.candidates]
-        vectors, memory = _unit(self.embed(examples)), _unit(self.embed(self.kept))
+        kept = self.memory.kept
+        vectors, memory = _unit(self.embed(examples)), _unit(self.embed(kept))
         rows = []
         for row, (example, nearest) in enumerate(zip(examples, order.tolist(), strict=True)):
             near = (memory @ vectors[row]).tolist()
             shown = []
             for label in reversed(nearest):
-                own = [place for place, kept in enumerate(self.kept) if kept.label == label]
-                shown += [self.kept[place] for place in sorted(own, key=near.__getitem__)[-self.shown :]]
+                own = [place for place, one in enumerate(kept) if one.label == label]
+                shown += [kept[place] for place in sorted(own, key=near.__getitem__)[-self.shown :]]
             scores = torch.full((labels,), -torch.inf)
             scores[nearest] = self._label_scores(shown, example, labels)[nearest]
             rows.append(scores)
