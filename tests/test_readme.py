@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 def test_every_file_in_the_tree_exists_and_every_module_is_in_the_tree() -> None:
     text = (ROOT / "README.md").read_text()
     tree = text.split("## The tree")[1].split("## Limits")[0]
-    named = set(re.findall(r"[\w/]+\.(?:py|toml|md)", tree))
+    named = set(re.findall(r"[\w/-]+\.(?:py|toml|md)", tree))
     files = {
         path.name for pattern in ("*.py", "*.toml", "*.md") for path in ROOT.rglob(pattern) if ".venv" not in str(path)
     }
