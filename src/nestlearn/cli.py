@@ -14,6 +14,7 @@ import typer
 
 from nestlearn.convert import commands as conversion
 from nestlearn.errors import UserError, nearest
+from nestlearn.learner import commands as learning
 from nestlearn.learner.store.commands import app as memory
 
 # Typer re-exports this subclass of its UsageError, whose module has moved between versions.
@@ -307,6 +308,8 @@ def bench(
 
 app.command()(conversion.pull)
 app.command()(conversion.convert)
+app.command()(learning.learn)
+app.command()(learning.chat)
 
 
 def _run_folder(parent: Path, name: str, resume: bool) -> Path:

@@ -22,7 +22,6 @@ from nestlearn.learner.state import LevelState, Scale
 from tests.learner.conftest import WINDOW, words
 from tests.learner.test_learner import same, tensors
 
-
 KNOWN = " ".join(str(n * n) for n in range(99))
 
 

@@ -219,7 +219,8 @@ def test_a_store_of_other_levels_or_another_model_is_refused_by_name(
     [
         ({"window": 5}, "whole numbers of windows"),
         ({"context": -1}, "context=-1"),
-        ({"context": 250}, "fit, with the window, into 256 tokens"),
+        ({"context": 256}, "leave room for a window in 256 tokens"),
+        ({"window": 16, "context": 250}, "do not fit into the model's 256 tokens"),
         ({"max_surprise": 0.0}, "max_surprise=0"),
         ({"autosave": 0}, "autosave=0"),
     ],
@@ -229,6 +230,19 @@ def test_a_number_out_of_range_is_said(
 ) -> None:
     with pytest.raises(UserError, match=message):
         ContinualLearner(model, tokenizer, **options)
+
+
+def test_the_window_divides_every_period_and_fits_the_model(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def window(*periods: int, **options: int) -> int:
+        model = make(levels=tuple(Level(period, 1e-3) for period in periods))
+        return ContinualLearner(model, tokenizer, **options).reading.window
+
+    assert window(64, 128, 256) == 64
+    assert window(64, 96) == 32
+    assert window(512, 1024) == 256
+    assert window(512, 1024, context=1) == 128
 
 
 def test_generation_reads_the_learned_weights(model: ContinualModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,9 +2,9 @@
 
 How a text is read:
 
-* Its tokens are read in windows of ``window`` tokens, the period of the fastest level unless given; every period is a
-  whole number of windows. The windows depend on the text alone, not on the pieces it comes in, and no more of it is
-  held than a window and what the tokenizer needs.
+* Its tokens are read in windows of ``window`` tokens, the period of the fastest level unless that does not fit; every
+  period is a whole number of windows. The windows depend on the text alone, not on the pieces it comes in, and no more
+  of it is held than a window and what the tokenizer needs.
 * Each window is predicted once, with the weights as they are: ``context`` tokens before it are visible and not
   predicted again. A text (one call of `read`) begins with no context; several documents in one text are joined by the
   tokenizer's end-of-text token and read as one, as in pretraining.
@@ -51,13 +51,14 @@ class ContinualLearner:
         tokenizer: of the model.
         store: folder of a memory store, or a `Store`. What it holds last is taken up again. Without one, what is
             learned is lost with the object.
-        window: tokens predicted at a time; by default the period of the fastest level.
+        window: tokens predicted at a time; by default the period of the fastest level, or the most of it that divides
+            every period and fits the model.
         context: tokens before a window that are visible while it is predicted; their cost is that of reading them.
         probe: a text that must not get worse.
         max_surprise: standard deviations above its running mean from which on a window is refused; infinity refuses
             only what is not finite.
-        autosave: tokens between two automatic snapshots during a read; None makes none. With a probe a snapshot waits
-            for its next measurement, so that only what has passed is kept.
+        autosave: tokens between two automatic snapshots during a read, at whose end there is one too; None makes none.
+            With a probe a snapshot waits for its next measurement, so that only what has passed is kept.
 
     Raises:
         UserError: a model that cannot be converted, a number out of range, or a store of another base model or levels.
@@ -103,11 +104,19 @@ class ContinualLearner:
         """The learned weights by name, for `ContinualModel.using`; a name that is absent has its pretrained weight."""
         return self.state.weights
 
+    @property
+    def unsaved(self) -> bool:
+        """Whether something was learned since the last snapshot was saved by name or by hand, or opened."""
+        if self.snapshot is None:
+            return self.state.read > 0
+        return self._saved is not self.state or self.snapshot.automatic
+
     def read(
         self,
         text: Text,
         *,
         source: str | None = None,
+        again: bool = False,
         on_window: Callable[[ReadReport], None] | None = None,
     ) -> ReadReport:
         """Learn from a text, once.
@@ -117,17 +126,18 @@ class ContinualLearner:
                 strings, which are documents.
             source: a name under which the state notes how far the text has been read. Given again, the text goes on
                 from there, after a look whether it begins as before.
+            again: read the source from its beginning, whatever has been read of it.
             on_window: called after each window with the report so far.
 
         Raises:
             UserError: what is given is no text, or the source has changed.
             KeyboardInterrupt: Ctrl-C; all windows before are learned, and saved if the learner saves automatically.
         """
-        known = None if source is None else self.state.sources.get(source)
+        known = None if source is None or again else self.state.sources.get(source)
         windows = Windows(text, self.tokenizer, self.reading.window, source, known)
-        tally = Tally(self.state, known)
+        tally, began = Tally(self.state, known), self.state
         reason = self._over_limit()
-        if reason is None and (source is None or self.state.reading != source):
+        if reason is None and (known is None or self.state.reading != source):
             self.state = replace(self.state, context=self.state.context[:0], reading=source)
             if self.probe is not None:
                 self._good = self.state
@@ -137,11 +147,14 @@ class ContinualLearner:
         except KeyboardInterrupt:
             if self._over_limit() is not None:
                 self._turn_back()
-            if self.autosave is not None:
-                self._save(None, auto=True)
+            self._autosave()
             raise
         if reason is not None:
             self._turn_back()
+        if tally.tokens:
+            self._autosave()
+        elif known is not None and known.finished:
+            self.state = began
         return tally.report(self.state, reason)
 
     def _read(self, windows: Windows, tally: Tally, on_window: Callable[[ReadReport], None] | None) -> str | None:
@@ -160,10 +173,9 @@ class ContinualLearner:
                 return reason
             unsaved |= self.autosave is not None and _passed(before, state.read, self.autosave)
             if unsaved and (due or self.probe is None):
-                self._save(None, auto=True)
+                self._autosave()
                 unsaved = False
-        known = None if source is None else self.state.sources.get(source)
-        if tally.tokens or known is None or not known.finished:
+        if tally.tokens or (windows.read is not None and not windows.read.finished):
             self.state = flush(self.model, self.state)
         self.state = replace(self.state, context=self.state.context[:0], reading=None)
         if source is not None:
@@ -176,6 +188,15 @@ class ContinualLearner:
         Raises `UserError` for a text without a token to predict.
         """
         return mean_loss(self.model, self.tokenizer, self.reading, self.weights, text)
+
+    def probe_loss(self, weights: Tensors | None = None) -> float:
+        """`loss` on the text of the probe, with other weights if they are given. Raises `UserError` without a probe."""
+        if self.probe is None:
+            raise UserError(
+                "the learner has no probe: give one, as in ContinualLearner(..., probe=RetentionProbe(text))"
+            )
+        own = self.weights if weights is None else weights
+        return mean_loss(self.model, self.tokenizer, self.reading, own, self.probe.text)
 
     def generate(
         self,
@@ -222,7 +243,7 @@ class ContinualLearner:
         """How far each level moved between two snapshots, which weights most, and the loss on the probe with each."""
         measures = {}
         if self.probe is not None:
-            losses = [self._probe_loss(LearnerState.restore(*self._load(ref)).weights) for ref in (a, b)]
+            losses = [self.probe_loss(LearnerState.restore(*self._load(ref)).weights) for ref in (a, b)]
             measures["loss on the probe"] = (losses[0], losses[1])
         return self._stored().diff(a, b, measures, self._start)
 
@@ -268,18 +289,14 @@ class ContinualLearner:
         if self.probe is None or self.state is self._good:
             return None
         if self._baseline is None:
-            self._baseline = self._probe_loss({})
-        worse = math.exp(self._probe_loss(self.weights) - self._baseline)
+            self._baseline = self.probe_loss({})
+        worse = math.exp(self.probe_loss() - self._baseline)
         if worse > self.probe.limit:
             return (
                 f"the perplexity of the probe is {worse:.3f} times the pretrained model's (limit {self.probe.limit:g})"
             )
         self._good = self.state
         return None
-
-    def _probe_loss(self, weights: Tensors) -> float:
-        assert self.probe is not None
-        return mean_loss(self.model, self.tokenizer, self.reading, weights, self.probe.text)
 
     def _turn_back(self) -> None:
         """To the last state that the probe has passed. One that did not pass when it was opened stays as it is."""
@@ -296,9 +313,12 @@ class ContinualLearner:
             "learner": self.state.to_json(),
         }
         self.snapshot, self._saved = self._stored().save(self.state.to_tensors(), meta, name=name), self.state
-        if auto:
-            self._stored().prune(keep_last=KEPT)
+        self._stored().prune(keep_last=KEPT)
         return self.snapshot
+
+    def _autosave(self) -> None:
+        if self.autosave is not None and self.store is not None:
+            self._save(None, auto=True)
 
     def _load(self, ref: str) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """The tensors of a snapshot, and the JSON beside them. Raises `UserError` if it does not fit the model."""

@@ -44,15 +44,24 @@ class Reading:
         context: int,
         deviations: float,
     ) -> Reading:
-        """With the period of the fastest level as the window, if None. Raises `UserError` for a number out of range."""
+        """With a window of the fastest level's period, or what of it divides all periods and fits, if it is None.
+
+        Raises `UserError` for a number out of range.
+        """
         periods = [level.config.period for level in model.levels]
-        window = periods[0] if window is None else window
-        if window < 1 or any(period % window for period in periods):
-            raise UserError(f"window={window}: the periods of the levels, {periods}, must be whole numbers of windows")
-        reading = cls(window, context, tuple(opening(tokenizer)), deviations)
+        start = tuple(opening(tokenizer))
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        if context < 0 or reading.before + window > longest:
-            raise UserError(f"context={context}: it must be 0 or more and fit, with the window, into {longest} tokens")
+        room = longest - len(start) - context
+        if context < 0 or room < 1:
+            raise UserError(f"context={context}: it must be 0 or more and leave room for a window in {longest} tokens")
+        whole = math.gcd(*periods)
+        if window is None:
+            window = max(size for size in range(1, whole + 1) if whole % size == 0 and size <= room)
+        if window < 1 or whole % window:
+            raise UserError(f"window={window}: the periods of the levels, {periods}, must be whole numbers of windows")
+        if window > room:
+            raise UserError(f"window={window} and context={context} do not fit into the model's {longest} tokens")
+        reading = cls(window, context, start, deviations)
         if not deviations > 0:
             raise UserError(f"max_surprise={deviations}: give standard deviations above 0; infinity refuses nothing")
         return reading

@@ -1,0 +1,202 @@
+"""A conversation in the terminal with a model that learns from it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from nestlearn.data.text_files import find_path, read_documents
+from nestlearn.errors import UserError, nearest
+from nestlearn.learner.learner import ContinualLearner
+from nestlearn.learner.report import ReadReport
+from nestlearn.learner.stream import opening
+
+HELP = """\
+/read FILE      learn from a text, .jsonl or .parquet file
+/save NAME      keep what was learned under a name
+/rollback REF   go back to a snapshot: a name, an id, head, head~2
+/log            list the snapshots
+/forget         go back to the start of this chat; /forget all: to the pretrained weights
+/quit           save and leave, as Ctrl-D does; Ctrl-C stops an answer
+anything else is said to the model, which learns from each exchange"""
+USER, MODEL = "\nUser: ", "\nAssistant: "  # for a tokenizer without a chat template
+
+Message = dict[str, str]
+
+
+class Chat:
+    """Reads lines from standard input until it ends. Every exchange is learned as a text of its own.
+
+    Args:
+        learner: with a store.
+        max_new_tokens, temperature, top_p, seed: of an answer, as in `ContinualLearner.generate`.
+    """
+
+    def __init__(
+        self,
+        learner: ContinualLearner,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        seed: int | None = None,
+    ) -> None:
+        self.learner, self.seed = learner, seed
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.start = learner.state
+        self.messages: list[Message] = []
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/read": self.read,
+            "/save": self.save,
+            "/rollback": self.rollback,
+            "/log": self.log,
+            "/forget": self.forget,
+            "/help": lambda _: print(HELP),
+        }
+
+    def run(self) -> None:
+        """Until /quit or the end of the input; what was learned is saved then."""
+        human = sys.stdin.isatty()
+        if human:
+            print("It learns from what you say; /help lists the commands.")
+        while True:
+            try:
+                line = input("> " if human else "").strip()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                print("\n/quit or Ctrl-D leaves")
+                continue
+            if line == "/quit":
+                break
+            try:
+                self.take(line)
+            except UserError as error:
+                print(f"error: {error}")
+            except KeyboardInterrupt:  # while it learns; what came before the window at hand is learned
+                print("\ninterrupted")
+        if self.learner.unsaved:
+            print(f"saved as {self.learner.save().short}")
+
+    def take(self, line: str) -> None:
+        """One line of the user. Raises `UserError` for a command that is unknown or fails."""
+        if not line:
+            return
+        if not line.startswith("/"):
+            self.say(line)
+            return
+        command, _, rest = line.partition(" ")
+        if command not in self.commands:
+            raise UserError(f"unknown command {command}; {nearest(command, [*self.commands, '/quit'])}")
+        self.commands[command](rest.strip())
+
+    def say(self, text: str) -> None:
+        """Answer, piece by piece as it comes, and learn from the exchange."""
+        said = [*self.messages, {"role": "user", "content": text}]
+        answer = self._answer(said)
+        print()
+        exchange = [said[-1], {"role": "assistant", "content": answer}]
+        document = self._render(exchange)
+        self.messages = [*said, exchange[1]]
+        self._tell("this exchange", self.learner.read(document))
+
+    def read(self, name: str) -> None:
+        if not name:
+            raise UserError("/read needs a file: /read manual.txt")
+        path: Path = find_path(name, "file")
+        report = self.learner.read(read_documents(path), source=str(path.resolve()), again=True)
+        self._tell(name, report)
+
+    def save(self, name: str) -> None:
+        if not name:
+            raise UserError("/save needs a name: /save before-manual")
+        print(f"saved as {self.learner.save(name).name}")
+
+    def rollback(self, ref: str) -> None:
+        if not ref:
+            raise UserError("/rollback needs a snapshot: /log lists them")
+        found = self.learner.rollback(ref)
+        self.messages = []
+        print(f"back at {found.name or found.short}; this conversation begins anew")
+
+    def log(self, _: str) -> None:
+        snapshots = self.learner.log()
+        for snapshot in snapshots:
+            created = snapshot.created[:16].replace("T", " ")
+            print(f"{snapshot.short}  {created}  {snapshot.meta['tokens']:>9,} tokens  {snapshot.name or ''}".rstrip())
+        if not snapshots:
+            print("no snapshot yet: /save NAME makes one")
+
+    def forget(self, what: str) -> None:
+        if what not in ("", "all"):
+            raise UserError(f"/forget {what}: give nothing, for this chat, or all")
+        if what:
+            self.learner.forget()
+        else:
+            self.learner.state = self.start
+        self.messages = []
+        print("back at the pretrained weights" if what else "back at the start of this chat")
+
+    def _answer(self, messages: list[Message]) -> str:
+        prompt = self._prompt(messages)
+        pieces: list[str] = []
+        shown = 0
+
+        def show(piece: str) -> None:
+            nonlocal shown
+            pieces.append(piece)
+            text = "".join(pieces).partition(USER)[0]
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+            if len(text) < len("".join(pieces)):  # without a template a model goes on with the user's part
+                raise _Enough
+
+        with suppress(_Enough, KeyboardInterrupt):
+            self.learner.generate(
+                prompt,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=self.seed,
+                on_text=show,
+            )
+        return "".join(pieces).partition(USER)[0]
+
+    def _prompt(self, messages: list[Message]) -> str:
+        """The conversation as far as it fits; what does not has been learned."""
+        size = getattr(self.learner.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        while True:
+            prompt = self._render(messages, answer=True)
+            if len(messages) == 1 or len(self.learner.tokenizer(prompt)["input_ids"]) + self.max_new_tokens <= size:
+                return prompt
+            messages = messages[2:]
+
+    def _render(self, messages: list[Message], answer: bool = False) -> str:
+        """Messages as text; with ``answer`` up to where the model's answer begins."""
+        tokenizer = self.learner.tokenizer
+        if tokenizer.chat_template is None:
+            parts = [(USER if m["role"] == "user" else MODEL) + m["content"] for m in messages]
+            return "".join([*parts, MODEL if answer else "\n"])
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        assert isinstance(text, str)
+        begin = tokenizer.bos_token
+        # The tokenizer puts its first token before every text; a template that does so too would give it twice.
+        if begin and opening(tokenizer) == [tokenizer.bos_token_id]:
+            text = text.removeprefix(begin)
+        return text
+
+    def _tell(self, what: str, report: ReadReport) -> None:
+        updated = [str(level.number) for level in report.levels if level.updates]
+        loss = "" if report.loss is None else f", loss {report.loss:.3f}"
+        levels = f"level {', '.join(updated)} updated" if updated else "no level updated"
+        print(f"[learned from {what}: {report.tokens} tokens{loss}, {levels}]")
+        for skipped in report.skipped:
+            print(f"[not learned: {skipped.tokens} tokens, as {skipped.reason}]")
+        if report.stopped:
+            print(f"[stopped: {report.stopped}]")
+
+
+class _Enough(Exception):
+    """The answer has ended."""

@@ -1,0 +1,231 @@
+"""``nestlearn learn`` and ``nestlearn chat``. Heavy imports are inside."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nestlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from nestlearn.learner.learner import ContinualLearner
+    from nestlearn.learner.report import ReadReport
+
+STDIN = "-"
+AUTOSAVE = 16384
+
+Model = Annotated[str, typer.Argument(help="smollm2, a folder of save_pretrained or of nestlearn convert.")]
+StoreFolder = Annotated[Path, typer.Option("--store", help="The memory store: what is there is taken up again.")]
+Branch = Annotated[str, typer.Option(help="The branch of the store to go on from.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def learn(
+    model: Model,
+    store: StoreFolder,
+    files: Annotated[
+        list[str] | None, typer.Argument(help="Text, .jsonl or .parquet; - is standard input.", metavar="FILES|-")
+    ] = None,
+    branch: Branch = "main",
+    name: Annotated[str | None, typer.Option(help="For the snapshot at the end.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens before a window that the model sees with it.")] = 0,
+    probe: Annotated[
+        Path | None, typer.Option(help="A text that must not get worse: learning stops when it does.", metavar="FILE")
+    ] = None,
+    limit: Annotated[float, typer.Option(help="Of the probe's perplexity, in units of the pretrained model's.")] = 1.1,
+    autosave: Annotated[int, typer.Option(help="Tokens between two automatic snapshots.")] = AUTOSAVE,
+    again: Annotated[bool, typer.Option("--again", help="Read from the start what has been read before.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be learned, and keep nothing of it.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Let a model learn from texts, once, and keep what it learned.
+
+    Killed or interrupted, the same command goes on at the exact token. A file that was read is not read again; one that
+    has grown is read on.
+
+    Example: nestlearn learn smollm2 --store memory/ manual.txt
+    """
+    from nestlearn.data.text_files import find_path, read_documents
+
+    if not files:
+        raise UserError("nothing to learn from: give files, or - for standard input")
+    if len(set(files)) < len(files):
+        raise UserError("a file is given twice: give each once")
+    learner = None
+    with _spooled(files, dry_run) as texts:
+        for path in texts.values():
+            if path is not None and not path.is_file():
+                raise UserError(f"no file {str(path)!r}: give a text, .jsonl or .parquet file")
+        kept = "nothing was read, the store is as it was"
+        results = []
+        try:
+            learner = _learner(model, store, branch, context, _probe(probe, limit), autosave, not dry_run)
+            if name is not None and not dry_run:
+                _check_name(learner, name)
+            if dry_run:
+                learner, kept = learner.fork(), "nothing was kept"  # a fork has no store
+            else:
+                kept = f"all before is saved in {store}, the same command goes on from there"
+            for source, path in texts.items():
+
+                def text(path: Path | None = path) -> Iterator[Iterator[str]]:
+                    return iter((_stdin(),)) if path is None else read_documents(path)
+
+                key = STDIN if source == STDIN else str(find_path(source, "file").resolve())
+                result: dict[str, Any] = {"source": source}
+                if dry_run:
+                    result |= _measured(learner, "before", text())
+                with _bar(source, quiet=as_json) as on_window:
+                    known = learner.state.sources.get(key)
+                    fresh = again or dry_run or (source == STDIN and known is not None and known.finished)
+                    report = learner.read(text(), source=key, again=fresh, on_window=on_window)
+                if dry_run:
+                    result |= _measured(learner, "after", text())
+                results.append(result | report.to_json())
+                if not as_json:
+                    _print_read(result, report)
+                if report.stopped:
+                    break
+        except KeyboardInterrupt as stop:
+            print(f"interrupted: {kept}", file=sys.stderr)
+            raise SystemExit(130) from stop
+        snapshot = None if dry_run else _keep(learner, name)
+    if as_json:
+        end = {"store": str(store), "branch": branch, "snapshot": snapshot, "dry_run": dry_run}
+        print(json.dumps({"model": model, "reads": results, **end}))
+    elif dry_run:
+        print(f"a dry run: {store} is as it was")
+    else:
+        print(f"kept in {store} as {name or snapshot[:12]}" if snapshot else "nothing was learned")
+
+
+def chat(
+    model: Model,
+    store: StoreFolder,
+    branch: Branch = "main",
+    max_new_tokens: Annotated[int, typer.Option(help="An answer ends after so many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="The same answers for the same seed.")] = None,
+) -> None:
+    """Talk with a model that learns from the conversation, and from files that it is told to read.
+
+    /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves and saves.
+
+    Example: nestlearn chat smollm2 --store memory/
+    """
+    from nestlearn.learner.chat import Chat
+
+    learner = _learner(model, store, branch, 0, None, None)
+    Chat(learner, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed).run()
+
+
+def _learner(
+    model: str, store: Path, branch: str, context: int, probe: Any, autosave: int | None, keep: bool = True
+) -> ContinualLearner:
+    from transformers.utils import logging
+
+    from nestlearn.convert import ContinualModel, base_hash, convert
+    from nestlearn.learner.learner import ContinualLearner
+    from nestlearn.learner.store import Store
+    from nestlearn.train.loading import load_model
+
+    logging.disable_progress_bar()
+    loaded, tokenizer = load_model(model)
+    converted = loaded if isinstance(loaded, ContinualModel) else convert(loaded)
+    opened = Store(store, base_hash(converted), branch) if keep or store.exists() else None
+    return ContinualLearner(converted, tokenizer, opened, context=context, probe=probe, autosave=autosave)
+
+
+def _probe(path: Path | None, limit: float) -> Any:
+    from nestlearn.data.text_files import read_documents
+    from nestlearn.learner.guards import RetentionProbe
+
+    if path is None:
+        return None
+    return RetentionProbe("\n\n".join("".join(document) for document in read_documents(path)), limit)
+
+
+def _check_name(learner: ContinualLearner, name: str) -> None:
+    """What would be said at the end, before anything is read."""
+    from nestlearn.learner.store import references
+
+    references.check_name(name, "name")
+    assert learner.store is not None
+    if name in {*learner.store.names, *learner.store.branches}:
+        raise UserError(f"the name {name!r} is taken: choose another")
+
+
+def _keep(learner: ContinualLearner, name: str | None) -> str | None:
+    """The id of the snapshot of what was learned; None if there is nothing new and no name for it."""
+    return learner.save(name).id if name is not None or learner.unsaved else None
+
+
+def _measured(learner: ContinualLearner, when: str, text: Any) -> dict[str, float]:
+    return {when: learner.loss(text)} | ({f"probe_{when}": learner.probe_loss()} if learner.probe else {})
+
+
+def _print_read(result: dict[str, Any], report: ReadReport) -> None:
+    print(f"{result['source']}: {report}")
+    if "before" in result:
+        print(f"loss on it {result['before']:.3f} before, {result['after']:.3f} after")
+    if "probe_before" in result:
+        print(f"loss on the probe {result['probe_before']:.3f} before, {result['probe_after']:.3f} after")
+
+
+@contextmanager
+def _bar(source: str, quiet: bool) -> Iterator[Callable[[ReadReport], None]]:
+    """A bar with tokens/s, the loss and each level's surprise, where someone is watching."""
+    from tqdm import tqdm
+
+    with tqdm(desc=source, unit=" tokens", leave=False, disable=True if quiet else None, mininterval=0.5) as bar:
+
+        def show(report: ReadReport) -> None:
+            surprises = [
+                f"{level.number}: {level.surprise:.2g}" for level in report.levels if level.surprise is not None
+            ]
+            loss = "" if report.loss is None else f"loss {report.loss:.3f}, surprise of level {', '.join(surprises)}"
+            bar.set_postfix_str(loss, refresh=False)
+            bar.update(report.tokens - bar.n)
+
+        yield show
+
+
+@contextmanager
+def _spooled(files: list[str], dry_run: bool) -> Iterator[dict[str, Path | None]]:
+    """The path of each source; None is standard input. A dry run reads a text three times, so it keeps a copy."""
+    from nestlearn.data.text_files import find_path
+
+    with tempfile.TemporaryDirectory() as folder:
+        texts = {name: None if name == STDIN else find_path(name, "file") for name in files}
+        if dry_run and STDIN in texts:
+            copy = texts[STDIN] = Path(folder, "stdin.txt")
+            with copy.open("w", encoding="utf-8") as file:
+                file.writelines(_stdin())
+        yield texts
+
+
+def _stdin() -> Iterator[str]:
+    """Standard input in pieces. Raises `UserError` if it is no UTF-8 text."""
+    import codecs
+
+    if sys.stdin is None:
+        raise UserError("- reads standard input, which is closed: pipe the text in")
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        while raw := sys.stdin.buffer.read(1 << 14):
+            yield decoder.decode(raw)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8 text: convert it") from None
+    except OSError as error:
+        raise UserError(f"cannot read standard input ({error.strerror}): pipe the text in") from error
