@@ -2,7 +2,8 @@
 
 Work: x (batch, seq, dim) float32 with gradient, ``block(x).square().mean().backward()``. Candidates take turns,
 one repetition each, so that a machine that slows down slows all of them; the same candidate timed twice gives
-the noise. Peers that are not installed are named and left out:
+the noise. ``--memory`` says what a training step keeps for its backward pass, by the length of the sequence.
+Peers that are not installed are named and left out:
 
     pip install -e '.[oracles]'
     pip install --no-deps nested-learning==0.2.0      # its own dependencies exclude transformers 5
@@ -68,6 +69,48 @@ def nested_learning(dim: int, chunk: int) -> dict[str, Step]:
     return {"nested-learning 0.2.0, five memories, forward only": forward}
 
 
+def useful_operations(memory: str, dim: int, heads: int, chunk: int) -> float:
+    """Floating-point operations per token, forward and backward, that the block cannot do without: products only, two
+    operations a multiplication, triangles at half, three times the forward pass. Hidden width d, memories of eta,
+    alpha, k, v and the main one."""
+    d = dim / heads
+    if memory == "linear":
+        rows = 3 * d + 2
+        # k, v and the gates; values; erasure; state; the read of state and start; then the tables.
+        core = 2 * d * (2 * d + 2) + 3 * 2 * d * rows + 2 * 2 * d * d + chunk * (3 * d + rows)
+    else:
+        # W2 and W1 of: what is generated (4 + 2), keys and values (10 + 6), the error's way back (3), erasure (5),
+        # state (5 + 3), the read of state and start (4); the gates' W1, vectors; then the tables.
+        core = 2 * 42 * d * d + 2 * 10 * d + chunk * 10 * d
+    return 3 * (heads * core + 2 * 5 * dim * dim)  # and the projections q, k, v, gate and out
+
+
+def kept_for_backward(step: Step, x: Tensor) -> int:
+    """Bytes of distinct storage that the graph of one step holds, weights of the block aside."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, nn.Parameter):
+            storage = t.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step(x.clone().requires_grad_())
+    return sum(kept.values())
+
+
+def report_memory(dim: int, chunk: int, lengths: tuple[int, ...] = (512, 1024, 2048, 4096)) -> None:
+    """MiB kept for the backward pass by sequence length, and what one state a token would take."""
+    print(f"dim {dim}, batch 1, chunk {chunk}: MiB kept for the backward pass at {lengths} tokens")
+    for name, step in ours(dim, chunk).items():
+        kept = [kept_for_backward(step, torch.randn(1, seq, dim)) / 2**20 for seq in lengths]
+        heads = int(name.split()[-2])
+        state = (3 * dim // heads + 2) * dim if "linear" in name else (8 * dim // heads + 2) * dim
+        naive = "  ".join(f"{seq * state * 4 / 2**20:.0f}" for seq in lengths)
+        print(f"{name:46s} {'  '.join(f'{k:.0f}' for k in kept)}   (a state a token: {naive})")
+
+
 def time_in_turns(steps: dict[str, Step], x: Tensor, repeats: int) -> dict[str, list[float]]:
     """Seconds of each repetition, the candidates taking turns after one warm-up each."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -82,13 +125,14 @@ def time_in_turns(steps: dict[str, Step], x: Tensor, repeats: int) -> dict[str, 
 
 
 def machine_rate() -> float:
-    """Rate of a 2000 x 2000 matrix product in GFLOP/s, the ceiling of this run."""
+    """Best rate of a 2000 x 2000 matrix product in GFLOP/s, the ceiling of this run."""
     a = torch.randn(2000, 2000)
-    a @ a
-    begin = time.perf_counter()
-    for _ in range(5):
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
         a @ a
-    return 5 * 2 * 2000**3 / (time.perf_counter() - begin) / 1e9
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 2000**3 / min(seconds) / 1e9
 
 
 def main() -> None:
@@ -99,11 +143,15 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64, help="tokens of a chunk")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--memory", action="store_true", help="print what a step keeps for its backward pass, and stop")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
 
+    if args.memory:
+        report_memory(args.dim, args.chunk)
+        return
     steps = ours(args.dim, args.chunk)
     first = next(iter(steps))
     steps[f"{first} (again: the noise)"] = steps[first]
@@ -115,6 +163,12 @@ def main() -> None:
     x = torch.randn(args.batch, args.seq, args.dim)
     rate = machine_rate()
     timed = time_in_turns(steps, x, args.repeats)
+    rate = max(rate, machine_rate())
+    useful = {
+        f"nestlearn, five {memory} memories, {heads} heads": useful_operations(memory, args.dim, heads, args.chunk)
+        for memory in ("linear", "mlp")
+        for heads in (4, 1)
+    }
 
     tokens = args.batch * args.seq
     peer = next((name for name in timed if name.startswith("titans-pytorch")), first)
@@ -127,11 +181,17 @@ def main() -> None:
         row = {
             "name": name,
             "tokens_per_second": tokens / statistics.median(seconds),
+            "best_tokens_per_second": tokens / min(seconds),
             "ratio": statistics.median(ratios),
             "ratio_quartiles": [low, high],
         }
+        fraction = ""
+        if name in useful:
+            row["fraction_of_matrix_rate"] = useful[name] * row["best_tokens_per_second"] / (rate * 1e9)
+            fraction = f"  {row['fraction_of_matrix_rate']:.2f} of the matrix rate"
         rows.append(row)
-        print(f"{name:58s} {row['tokens_per_second']:9.0f} tokens/s  {row['ratio']:6.2f} ({low:.2f} to {high:.2f})")
+        speed = f"{row['tokens_per_second']:9.0f} tokens/s, best {row['best_tokens_per_second']:9.0f}"
+        print(f"{name:58s} {speed}  {row['ratio']:6.2f} ({low:.2f} to {high:.2f}){fraction}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         work = {k: v for k, v in vars(args).items() if k != "json"}

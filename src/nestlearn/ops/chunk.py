@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nestlearn.errors import UserError
+from nestlearn.ops.backend import backend, by_reference
 from nestlearn.ops.linear import LinearKernel
 from nestlearn.ops.linear_adjoint import LinearSegments
 from nestlearn.ops.mlp import MLPKernel
@@ -83,6 +84,8 @@ def self_modify(
     Raises:
         UserError: the state belongs to another batch size or another core.
     """
+    if backend() == "reference":
+        return by_reference(inputs, start, rule, kernel_for(start, rule), state, lengths)
     x = inputs["q"]
     batch, _, tokens, _ = x.shape
     kernel = kernel_for(start, rule)

@@ -11,6 +11,7 @@ is zero (retention toward zero, ``S`` starts at the learned weights) or the lear
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,20 +39,42 @@ def self_modify(
     for b in range(batch):
         rows, finals = [], []
         for h in range(heads):
-            head = Start(
-                weights={name: tuple(w[h] for w in ws) for name, ws in start.weights.items()},
-                bias={name: value[h : h + 1] for name, value in start.bias.items()},
-                write_scale={name: value[h] for name, value in start.write_scale.items()},
-                momentum=None if start.momentum is None else start.momentum[h],
-                erase=None if start.erase is None else start.erase[h],
-                accumulates=None if start.accumulates is None else start.accumulates[h],
-            )
-            y, final = _one_head({name: x[b, h] for name, x in inputs.items()}, head, rule)
+            head = of_head(start, h)
+            y, end = run({name: x[b, h] for name, x in inputs.items()}, head, rule)
+            on_top = rule.retention == "start"
             rows.append(y)
-            finals.append(final)
+            finals.append(
+                {
+                    name: tuple(b + s for b, s in zip(head.weights[name], ss, strict=True)) if on_top else ss
+                    for name, ss in end.state.items()
+                }
+            )
         outputs.append(torch.stack(rows))
         states.append(finals)
     return torch.stack(outputs), states
+
+
+def of_head(start: Start, h: int) -> Start:
+    """The start of one head, without the dimension of heads."""
+    return Start(
+        weights={name: tuple(w[h] for w in ws) for name, ws in start.weights.items()},
+        bias={name: value[h : h + 1] for name, value in start.bias.items()},
+        write_scale={name: value[h] for name, value in start.write_scale.items()},
+        momentum=None if start.momentum is None else start.momentum[h],
+        erase=None if start.erase is None else start.erase[h],
+        accumulates=None if start.accumulates is None else start.accumulates[h],
+    )
+
+
+class Carried(NamedTuple):
+    """What one head carries from token to token: ``S``, the anchors and the momentum of every memory, the last pairs
+    of the Omega rule, and the tokens seen."""
+
+    state: dict[str, Weights]
+    anchor: dict[str, Weights]
+    momentum: dict[str, Weights]
+    pairs: list[tuple[Tensor, Tensor]]
+    clock: int
 
 
 def _structure(weights: Weights) -> LinearMemory | MLPMemory:
@@ -60,24 +83,27 @@ def _structure(weights: Weights) -> LinearMemory | MLPMemory:
     return MLPMemory(weights[1].shape[1], weights[0].shape[0], weights[0].shape[1])
 
 
-def _one_head(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> tuple[Tensor, dict[str, Weights]]:
+def run(
+    inputs: Mapping[str, Tensor], start: Start, rule: WriteRule, carried: Carried | None = None
+) -> tuple[Tensor, Carried]:
+    """Outputs (T, d) of one sequence and head, and what is carried after its last token."""
     memories = {name: _structure(start.weights[name]) for name in start.names}
     objective = objectives.get(rule.objective)
     from_start = rule.retention == "start"
     zero = {name: tuple(torch.zeros_like(w) for w in start.weights[name]) for name in start.names}
     base = {name: start.weights[name] if from_start else zero[name] for name in start.names}
     state = {name: zero[name] if from_start else start.weights[name] for name in start.names}
-    momentum = dict(zero)
-    pairs: list[tuple[Tensor, Tensor]] = []
+    anchor = {name: tuple(map(torch.add, base[name], state[name])) for name in start.names}
+    carried = carried or Carried(state, anchor, zero, [], 0)
+    state, anchor, momentum, pairs = dict(carried.state), dict(carried.anchor), dict(carried.momentum), carried.pairs
     accumulates = start.accumulates is not None and bool(start.accumulates)
     bound = rule.norm_limit if rule.norm_limit is None or not accumulates else REACH * rule.norm_limit
     erase = 1.0 if start.erase is None else start.erase
-    anchor: dict[str, Weights] = {}
     outputs = []
 
     for t in range(inputs["q"].shape[0]):
         for name in start.names:  # the state after the last token of the previous chunk
-            if t % (rule.chunk_size if name == MEMORY else rule.other) == 0:
+            if (carried.clock + t) % (rule.chunk_size if name == MEMORY else rule.other) == 0:
                 state[name] = tuple(limit(s, bound) for s in state[name])
                 anchor[name] = tuple(b + s for b, s in zip(base[name], state[name], strict=True))
 
@@ -127,8 +153,8 @@ def _one_head(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> tu
             weights = tuple(b + s for b, s in zip(base[MEMORY], state[MEMORY], strict=True))
         outputs.append(memories[MEMORY].read(weights, q)[0])
 
-    final = {name: tuple(b + s for b, s in zip(base[name], state[name], strict=True)) for name in start.names}
-    return torch.stack(outputs), final
+    y = torch.stack(outputs) if outputs else torch.zeros_like(inputs["q"])
+    return y, Carried(state, anchor, momentum, pairs, carried.clock + len(outputs))
 
 
 def _other_update(
