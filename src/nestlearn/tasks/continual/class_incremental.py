@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from nestlearn.tasks.core.report import differences, measured, order_section
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 
 TITLE = "Class-incremental learning (figure 6)"
-PERIODS = (128, 512, 2048, 8192)  # tokens; a row of n levels has the first n
+PERIODS = (64, 256, 1024, 4096)  # tokens, the first less than a step reads; a row of n levels has the first n
 WITH = {"shown": 4, "epochs": 1}
 GRADIENT = {
     **{f"hope, {n} level{'s' * (n > 1)}": {"method": "hope", "levels": n} for n in range(1, 5)},
@@ -171,7 +172,8 @@ def learn_classes(
     Args:
         name: of the data set.
         method: of `make_rule`, "icl" or "inca".
-        lr: of the rule; for "icl" the demonstrations, for "inca" the candidate classes.
+        lr: of the rule, and of the fastest level of Hope, see `make_learner`; for "icl" the demonstrations, for "inca"
+            the candidate classes.
         seed: draws classes, examples and batches.
         data: the folder of real data.
         model: "tiny", or what `nestlearn.convert.pretrained.model_folder` takes.
@@ -243,12 +245,16 @@ def make_learner(
     count = model.config.num_hidden_layers
     first = 0 if method in ("all", "lora") else count - max(-(-count // LATE), levels)
     late = LateModel(model, first)
-    config = {"layers": "all", "levels": [{"period": period} for period in PERIODS[:levels]]}
+    # A slower level makes fewer updates, from means over more tokens: its rate grows with the root of its period.
+    given = [{"period": period, "lr": lr * math.sqrt(period / PERIODS[0])} for period in PERIODS[:levels]]
+    config = {"layers": "all", "levels": given}
     # Embeddings are those of the pretrained model, whatever is learned.
     memory = Memory(Embedder(copy.deepcopy(model).requires_grad_(False), reader)) if shown else None
     rule = make_rule(method, late.top, lr, levels=config, strength=STRENGTH, rank=rank)
-    given = dict(epochs=epochs, batch=batch, generator=np.random.default_rng(seed))
-    return GradientLearner(late, rule, reader, **given, memory=memory, shown=shown)
+    generator = np.random.default_rng(seed)
+    return GradientLearner(
+        late, rule, reader, epochs=epochs, batch=batch, generator=generator, memory=memory, shown=shown
+    )
 
 
 def accuracy(learner: ClassLearner, examples: list[Example], labels: int) -> float:

@@ -148,10 +148,10 @@ def make_rule(method: str, model: PreTrainedModel, lr: float, **options: Any) ->
     """The method by name, on a model whose layers may all learn.
 
     Args:
-        method: "hope" (option ``levels``: keyword arguments of `LevelsConfig`, with levels without lr), "mlp" (all MLPs
+        method: "hope" (option ``levels``: keyword arguments of `LevelsConfig`), "mlp" (all MLPs
             of the model), "all" (every parameter), "ewc" (all MLPs; option ``strength``), "lora" (adapters in every
             linear layer; option ``rank``).
-        lr: of AdamW; of every level of Hope alike.
+        lr: of AdamW, and of every level of Hope that names none.
 
     Raises:
         UserError: an unknown method, or LoRA without peft.
