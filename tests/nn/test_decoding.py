@@ -68,7 +68,7 @@ def test_the_delta_rule_too() -> None:
     close(ours, theirs)
 
 
-def test_what_it_does_not_cover() -> None:
+def test_what_it_does_not_cover(monkeypatch) -> None:
     rule, start, x = WriteRule(chunk_size=4), make_start("linear", ALL), make_inputs(2, 6, ALL)
     _, state = self_modify(x, start, rule)
     assert not inside_chunk(start, rule, state)  # a gradient may be asked for
@@ -78,6 +78,8 @@ def test_what_it_does_not_cover() -> None:
         assert not inside_chunk(make_start("mlp", ALL), rule, state)
         _, ended = self_modify(x, start, rule, lengths=torch.tensor([4, 6]))
         assert not inside_chunk(start, rule, ended)  # the first row begins a chunk
+        monkeypatch.setenv("NESTLEARN_OPS", "reference")
+        assert not inside_chunk(start, rule, state)
 
 
 @pytest.mark.parametrize("changes", [{}, {"memory": "mlp"}, {"momentum": True}, {"chunk_size_other": 3}], ids=str)

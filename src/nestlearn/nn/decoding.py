@@ -19,14 +19,16 @@ from torch import Tensor
 
 from nestlearn.memory import objectives
 from nestlearn.ops import GATES, MEMORY, CoreState, Start, WriteRule
+from nestlearn.ops.backend import backend
 from nestlearn.ops.rule import clip, gates, unit
 
 
 def inside_chunk(start: Start, rule: WriteRule, state: CoreState) -> bool:
     """Whether :func:`write_token` covers the next token: linear memories written by DGD or the delta rule, without
-    momentum, and no row at the beginning of a chunk."""
+    momentum, no row at the beginning of a chunk, no other implementation asked for."""
     return (
-        not torch.is_grad_enabled()
+        backend() == "torch"
+        and not torch.is_grad_enabled()
         and len(start.weights[MEMORY]) == 1
         and start.momentum is None
         and rule.update in ("dgd", "delta")

@@ -29,7 +29,8 @@ def run(only: Sequence[str], scale: str, data: str | None, out: Path, workers: i
         out: the run folder; what it has already is not timed again.
         workers: not used: nothing runs beside what is timed.
 
-    Returns ``folder``, ``report`` and ``experiments``: of each its ``cells`` by name.
+    Returns ``folder``, ``report`` and ``experiments``: of each its ``cells`` by name, and with
+    them their ``commits``, the ``command``, the ``machine``, and the ``peers`` that were there.
 
     Raises:
         UserError: an unknown name, or a folder of another scale or other peers.
@@ -42,17 +43,19 @@ def run(only: Sequence[str], scale: str, data: str | None, out: Path, workers: i
         raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
     chosen = [name for name in EXPERIMENTS if name in only or not only]
 
-    from nestlearn.tasks.cells import commit, run_cells
+    from nestlearn.tasks.cells import finished_cells, run_cells
     from nestlearn.tasks.speed import peers, report
     from nestlearn.tasks.speed.plan import cells
 
     experiments = {}
     for name in chosen:
         command = shlex.join(["nestlearn", "bench", "speed", "--only", name, "--scale", scale])
-        found = run_cells(cells(name, scale), out, label=name)
+        planned = cells(name, scale)
+        found = run_cells(planned, out, label=name)
+        commits = {cell: record["commit"] for cell, record in finished_cells(planned, out).items()}
         experiments[name] = {
             "command": command,
-            "commit": commit(),
+            "commits": commits,
             "machine": _machine(),
             "peers": peers.installed(),
             "not_run": peers.not_run(),

@@ -40,7 +40,8 @@ def write(folder: Path) -> Path:
             continue
         kept = read_json(path, f"delete it and run nestlearn bench speed --only {name} again")
         parts.append(f"## {TITLES[name]}\n")
-        parts.append(f"    {kept['command']}\n\n{kept['machine']}, commit {kept['commit']}.\n")
+        commits = ", ".join(sorted({str(commit) for commit in kept["commits"].values()}))
+        parts.append(f"    {kept['command']}\n\n{kept['machine']}, commit {commits}.\n")
         parts += WRITE[name](kept["cells"])
         if name in ("block", "one-token"):
             versions = ", ".join(f"{peer} {version}" for peer, version in kept["peers"].items())
