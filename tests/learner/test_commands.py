@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nestlearn import cli
 from nestlearn.convert import ContinualModel
-from nestlearn.learner import ContinualLearner
+from nestlearn.learner import ContinualLearner, ReadReport
 from nestlearn.learner.store import Store
 from tests.learner.conftest import words
 from tests.learner.test_learner import same
@@ -108,6 +108,18 @@ def test_a_dry_run_shows_what_would_be_learned_and_keeps_nothing(run: Run, place
     code, out, _ = run(*options, stdin=words(100))
     assert f"loss on it {read['before']:.3f} before, {read['after']:.3f} after" in out
     assert out.endswith("a dry run: memory is as it was\n")
+
+
+def test_a_branch_that_another_has_moved_is_said(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(self: ContinualLearner, text: object, **options: object) -> ReadReport:
+        Store(self.store.folder, self.store.base).save({}, {})  # type: ignore[union-attr]
+        return read(self, text, **options)  # type: ignore[arg-type]
+
+    read = ContinualLearner.read
+    monkeypatch.setattr(ContinualLearner, "read", meanwhile)
+    code, out, _ = run("learn", "model", "--store", "memory", "a.txt", "--name", "mine")
+    assert code == 0
+    assert out.endswith("kept in memory as mine on the new branch main-2, as main was moved by another process\n")
 
 
 def test_a_probe_stops_learning(run: Run, place: Path) -> None:
@@ -243,6 +255,9 @@ def test_a_chat_learns_saves_and_goes_back(run: Run, place: Path) -> None:
     assert out.rstrip().endswith(f"saved as {store.head().short}")  # type: ignore[union-attr]
     code, out, _ = run("chat", "model", "--store", "memory", stdin="/log\n")
     assert [line.split()[0] for line in out.splitlines()] == [s.short for s in store.log()]
+    code, out, _ = run("chat", "model", "--store", "memory", "--json", "--max-new-tokens", "5", stdin="hi\n/no\n/log\n")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [next(iter(line)) for line in lines] == ["answer", "learned", "error", "log", "saved"]
     code, out, _ = run("chat", "model", "--store", "memory", stdin="/forget all\n")
     assert out.startswith("back at the pretrained weights")
     assert Store(place / "memory").load()[0] == {}

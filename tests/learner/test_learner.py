@@ -200,6 +200,19 @@ def test_a_fork_shares_the_past_and_nothing_else(
     assert len(merged.parents) == 2
 
 
+def test_a_model_in_bfloat16_learns_in_float32(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    learner = ContinualLearner(make(dtype=torch.bfloat16), tokenizer, tmp_path / "store")
+    first = learner.loss(words(30, seed=9))
+    learner.read(words(300))
+    assert learner.loss(words(30, seed=9)) < first - 0.5
+    assert {t.dtype for t in tensors(learner.state).values()} == {torch.float32}
+    learner.save()
+    assert same(ContinualLearner(make(dtype=torch.bfloat16), tokenizer, tmp_path / "store").state, learner.state)
+    assert isinstance(learner.generate("level", max_new_tokens=3), str)
+
+
 def test_a_store_of_other_levels_or_another_model_is_refused_by_name(
     make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

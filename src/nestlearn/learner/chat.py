@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from nestlearn.data.text_files import find_path, read_documents
 from nestlearn.errors import UserError, nearest
@@ -32,6 +34,7 @@ class Chat:
     Args:
         learner: with a store.
         max_new_tokens, temperature, top_p, seed: of an answer, as in `ContinualLearner.generate`.
+        as_json: print a JSON object a line, an answer when it is whole.
     """
 
     def __init__(
@@ -42,8 +45,9 @@ class Chat:
         temperature: float = 0.7,
         top_p: float = 0.95,
         seed: int | None = None,
+        as_json: bool = False,
     ) -> None:
-        self.learner, self.seed = learner, seed
+        self.learner, self.seed, self.as_json = learner, seed, as_json
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.start = learner.state
         self.messages: list[Message] = []
@@ -53,12 +57,12 @@ class Chat:
             "/rollback": self.rollback,
             "/log": self.log,
             "/forget": self.forget,
-            "/help": lambda _: print(HELP),
+            "/help": lambda _: self._print(HELP, help=HELP),
         }
 
     def run(self) -> None:
         """Until /quit or the end of the input; what was learned is saved then."""
-        human = sys.stdin.isatty()
+        human = sys.stdin.isatty() and not self.as_json
         if human:
             print("It learns from what you say; /help lists the commands.")
         while True:
@@ -74,11 +78,12 @@ class Chat:
             try:
                 self.take(line)
             except UserError as error:
-                print(f"error: {error}")
+                self._print(f"error: {error}", error=str(error))
             except KeyboardInterrupt:  # while it learns; what came before the window at hand is learned
-                print("\ninterrupted")
+                self._print("\ninterrupted", error="interrupted")
         if self.learner.unsaved:
-            print(f"saved as {self.learner.save().short}")
+            snapshot = self.learner.save()
+            self._print(f"saved as {snapshot.short}", saved=snapshot.id)
 
     def take(self, line: str) -> None:
         """One line of the user. Raises `UserError` for a command that is unknown or fails."""
@@ -96,7 +101,7 @@ class Chat:
         """Answer, piece by piece as it comes, and learn from the exchange."""
         said = [*self.messages, {"role": "user", "content": text}]
         answer = self._answer(said)
-        print()
+        self._print("", answer=answer)
         exchange = [said[-1], {"role": "assistant", "content": answer}]
         document = self._render(exchange)
         self.messages = [*said, exchange[1]]
@@ -112,22 +117,22 @@ class Chat:
     def save(self, name: str) -> None:
         if not name:
             raise UserError("/save needs a name: /save before-manual")
-        print(f"saved as {self.learner.save(name).name}")
+        self._print(f"saved as {name}", saved=self.learner.save(name).id)
 
     def rollback(self, ref: str) -> None:
         if not ref:
             raise UserError("/rollback needs a snapshot: /log lists them")
         found = self.learner.rollback(ref)
         self.messages = []
-        print(f"back at {found.name or found.short}; this conversation begins anew")
+        self._print(f"back at {found.name or found.short}; this conversation begins anew", back=found.id)
 
     def log(self, _: str) -> None:
-        snapshots = self.learner.log()
-        for snapshot in snapshots:
-            created = snapshot.created[:16].replace("T", " ")
-            print(f"{snapshot.short}  {created}  {snapshot.meta['tokens']:>9,} tokens  {snapshot.name or ''}".rstrip())
-        if not snapshots:
-            print("no snapshot yet: /save NAME makes one")
+        lines = []
+        for snapshot in self.learner.log():
+            created, tokens = snapshot.created[:16].replace("T", " "), f"{snapshot.meta['tokens']:,} tokens"
+            lines.append(f"{snapshot.short}  {created}  {tokens:>16}  {snapshot.name or ''}".rstrip())
+        ids = [snapshot.id for snapshot in self.learner.log()]
+        self._print("\n".join(lines) or "no snapshot yet: /save NAME makes one", log=ids)
 
     def forget(self, what: str) -> None:
         if what not in ("", "all"):
@@ -137,7 +142,8 @@ class Chat:
         else:
             self.learner.state = self.start
         self.messages = []
-        print("back at the pretrained weights" if what else "back at the start of this chat")
+        place = "the pretrained weights" if what else "the start of this chat"
+        self._print(f"back at {place}", back=place)
 
     def _answer(self, messages: list[Message]) -> str:
         prompt = self._prompt(messages)
@@ -148,7 +154,8 @@ class Chat:
             nonlocal shown
             pieces.append(piece)
             text = "".join(pieces).partition(USER)[0]
-            print(text[shown:], end="", flush=True)
+            if not self.as_json:
+                print(text[shown:], end="", flush=True)
             shown = len(text)
             if len(text) < len("".join(pieces)):  # without a template a model goes on with the user's part
                 raise _Enough
@@ -191,11 +198,14 @@ class Chat:
         updated = [str(level.number) for level in report.levels if level.updates]
         loss = "" if report.loss is None else f", loss {report.loss:.3f}"
         levels = f"level {', '.join(updated)} updated" if updated else "no level updated"
-        print(f"[learned from {what}: {report.tokens} tokens{loss}, {levels}]")
-        for skipped in report.skipped:
-            print(f"[not learned: {skipped.tokens} tokens, as {skipped.reason}]")
+        lines = [f"[learned from {what}: {report.tokens} tokens{loss}, {levels}]"]
+        lines += [f"[not learned: {skipped.tokens} tokens, as {skipped.reason}]" for skipped in report.skipped]
         if report.stopped:
-            print(f"[stopped: {report.stopped}]")
+            lines.append(f"[stopped: {report.stopped}]")
+        self._print("\n".join(lines), learned=what, report=report.to_json())
+
+    def _print(self, text: str, **values: Any) -> None:
+        print(json.dumps(values) if self.as_json else text, flush=True)
 
 
 class _Enough(Exception):

@@ -99,13 +99,18 @@ def learn(
             print(f"interrupted: {kept}", file=sys.stderr)
             raise SystemExit(130) from stop
         snapshot = None if dry_run else _keep(learner, name)
+    at = branch if learner.store is None else learner.store.branch
     if as_json:
-        end = {"store": str(store), "branch": branch, "snapshot": snapshot, "dry_run": dry_run}
+        end = {"store": str(store), "branch": at, "snapshot": snapshot, "dry_run": dry_run}
         print(json.dumps({"model": model, "reads": results, **end}))
     elif dry_run:
         print(f"a dry run: {store} is as it was")
+    elif snapshot is None:
+        print("nothing was learned")
     else:
-        print(f"kept in {store} as {name or snapshot[:12]}" if snapshot else "nothing was learned")
+        # Another process has moved the branch in the meantime.
+        moved = "" if at == branch else f" on the new branch {at}, as {branch} was moved by another process"
+        print(f"kept in {store} as {name or snapshot[:12]}{moved}")
 
 
 def chat(
@@ -116,6 +121,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Sample from this share of the probability.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="The same answers for the same seed.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line instead of text.")] = False,
 ) -> None:
     """Talk with a model that learns from the conversation, and from files that it is told to read.
 
@@ -126,7 +132,8 @@ def chat(
     from nestlearn.learner.chat import Chat
 
     learner = _learner(model, store, branch, 0, None, None)
-    Chat(learner, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed).run()
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "as_json": as_json}
+    Chat(learner, max_new_tokens=max_new_tokens, **options).run()
 
 
 def _learner(
