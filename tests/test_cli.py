@@ -100,7 +100,7 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (["generate", "absent", "--prompt", "x"], "no model folder 'absent'"),
         (["generate"], "Missing argument 'model'"),
         (["bench"], "Missing argument 'suite'"),
-        (["bench", "optm"], "unknown suite 'optm'; did you mean 'optim'? (allowed: optim)"),
+        (["bench", "optm"], "unknown suite 'optm'; did you mean 'optim'? (allowed: optim, speed)"),
         (["bench", "optim", "--only", "curvature,visoin"], "unknown experiment 'visoin'; did you mean 'vision'?"),
         (["bench", "optim", "--only", ""], "unknown experiment ''; allowed: curvature"),
         (["bench", "optim", "--scale", "gpu"], "unknown scale 'gpu'; did you mean 'cpu'? (allowed: cpu, smoke)"),
