@@ -60,7 +60,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     assert "--preset" in finished.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["learn"], ["chat"], ["bench"]])
 def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     code, out, err = run(capsys, monkeypatch, *command, "--help")
     assert (code, err) == (0, "")
