@@ -1,0 +1,95 @@
+"""A conversation: what the model is shown, what stops an answer, and what is learned of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+
+from nestlearn.convert import ContinualModel
+from nestlearn.learner import ContinualLearner
+from nestlearn.learner.chat import Chat
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+class Scripted(ContinualLearner):
+    """Answers with given pieces, and notes what it was shown and what it read."""
+
+    def script(self, *pieces: str) -> None:
+        self.pieces, self.shown, self.given = pieces, [], []
+
+    def generate(self, prompt: str, *, on_text: Callable[[str], None] | None = None, **_: object) -> str:
+        self.shown.append(prompt)
+        for piece in self.pieces:
+            if piece == "^C":
+                raise KeyboardInterrupt
+            assert on_text is not None
+            on_text(piece)
+        return "".join(self.pieces)
+
+    def read(self, text, **options):  # type: ignore[no-untyped-def]
+        self.given.append(text)
+        return super().read(text, **options)
+
+
+def test_the_model_is_shown_the_conversation_and_learns_each_exchange(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = Scripted(model, tokenizer)
+    learner.script("fine", ", thanks\nUs", "er: and", " what comes next")
+    chat = Chat(learner, max_new_tokens=20)
+    chat.take("how are you")
+    chat.take("good")
+    first = "\nUser: how are you\nAssistant: fine, thanks"
+    assert learner.shown == ["\nUser: how are you\nAssistant: ", f"{first}\nUser: good\nAssistant: "]
+    assert learner.given == [first + "\n", "\nUser: good\nAssistant: fine, thanks\n"]
+    assert capsys.readouterr().out.startswith("fine, thanks")
+
+
+def test_ctrl_c_stops_the_answer_and_what_was_said_is_learned(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    learner = Scripted(model, tokenizer)
+    learner.script("so far", "^C")
+    Chat(learner).take("tell")
+    assert learner.given == ["\nUser: tell\nAssistant: so far\n"]
+
+
+def test_a_template_is_used_and_its_first_token_is_not_given_twice(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = TEMPLATE
+    learner = Scripted(model, plain)
+    learner.script("b")
+    Chat(learner).take("a")
+    assert learner.shown == ["<|endoftext|>[user]a[assistant]"]
+    opening = copy.deepcopy(plain)
+    opening.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    learner = Scripted(model, opening)
+    learner.script("b")
+    Chat(learner).take("a")
+    assert (learner.shown, learner.given) == (["[user]a[assistant]"], ["[user]a[assistant]b"])
+
+
+def test_a_long_conversation_loses_its_oldest_exchanges(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    learner = Scripted(model, tokenizer)
+    learner.script("yes")
+    chat = Chat(learner, max_new_tokens=100)
+    for number in range(9):
+        chat.take(f"question number {number}")
+    assert all(len(prompt) + 100 <= 256 for prompt in learner.shown)
+    assert "number 8" in learner.shown[-1]
+    assert "number 7" in learner.shown[-1]
+    assert "number 0" not in learner.shown[-1]
