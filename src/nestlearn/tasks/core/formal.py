@@ -61,7 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpu": dict(size=SIZE | {"dim": 128, "intermediate": 384}, steps=5000, batch=128, longest=50, every=50, patience=0)
     | {"device": "cuda"},
 }
-RATES = {"smoke": (3e-3,), "cpu": (1e-3, 3e-3), "gpu": (1e-3, 3e-3, 1e-2)}
+RATES = {"smoke": (3e-3,), "cpu": (3e-3, 1e-2), "gpu": (1e-3, 3e-3, 1e-2)}
 SEEDS = {"smoke": (0,), "cpu": (0, 1, 2, 3, 4), "gpu": (0, 1, 2, 3, 4)}
 CRITERION = ("validation_error", "validation_loss")
 
