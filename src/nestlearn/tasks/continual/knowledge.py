@@ -95,8 +95,8 @@ def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
     lines = curves(found, BEFORE, "held_out", {key: sign for key, (_, sign) in OLD.items()})
     gain, losses = matched(lines)
     parts = [
-        "The model reads four domains one after the other, each window once, at every learning rate that the last table "
-        "names; nothing was chosen among them. The gain is the fall of the loss on held-"
+        "The model reads four domains one after the other, each window once, at every learning rate that the last "
+        "table names; nothing was chosen among them. The gain is the fall of the loss on held-"
         "out passages, a mean over the domains at the end of the stream; a loss of what it could do is the rise of its "
         "nats or the fall of its accuracy.\n"
     ]
