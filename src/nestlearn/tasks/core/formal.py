@@ -65,10 +65,10 @@ RATES = {"smoke": (3e-3,), "cpu": (3e-3, 1e-2), "gpu": (1e-3, 3e-3, 1e-2)}
 SEEDS = {"smoke": (0,), "cpu": (0, 1, 2, 3, 4), "gpu": (0, 1, 2, 3, 4)}
 CRITERION = ("validation_error", "validation_loss")
 
-# A long fall of the rate and a weight decay: to count further than in training, a step up and a step down must cancel to
-# a percent, which the training loss hardly asks for once it is small (docs/log.md).
+# A long fall of the rate: to count further than in training, a step up and a step down must cancel to a percent, which
+# the training loss hardly asks for once it is small (docs/log.md).
 WARMUP, DECAY = 50, 500  # steps
-WEIGHT_DECAY = 0.3  # decoupled, in units of the learning rate, on matrices
+WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
 TEST_WORDS = 500  # of each bin, where a language has many words of a size
 VALIDATION_WORDS = 300
 VALIDATION_SEED, TEST_SEED = 1, 2  # training draws from seeds of its own
