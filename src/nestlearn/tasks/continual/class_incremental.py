@@ -70,10 +70,10 @@ SETTINGS = {
     # Where a class has too few examples for the recipe.
     "gpu": {"clinc150": {}, "banking77": dict(classes=77, groups=7, train=30), "dbpedia": dict(classes=60, train=20)},
 }
-RATES = {"smoke": (1e-3,), "cpu": (3e-5, 1e-4, 3e-4), "gpu": (1e-5, 3e-5, 1e-4, 3e-4)}
+RATES = {"smoke": (1e-3,), "cpu": (1e-4, 3e-4), "gpu": (1e-5, 3e-5, 1e-4, 3e-4)}
 COUNTS = {
-    "icl": {"smoke": (2,), "cpu": (2, 4, 8), "gpu": (4, 8, 16, 32)},
-    "inca": {"smoke": (2,), "cpu": (1, 2, 4), "gpu": (1, 2, 4, 8)},
+    "icl": {"smoke": (2,), "cpu": (4, 8), "gpu": (4, 8, 16, 32)},
+    "inca": {"smoke": (2,), "cpu": (1, 4), "gpu": (1, 2, 4, 8)},
 }
 SEEDS = {"smoke": (0,), "cpu": (0, 1), "gpu": (0, 1, 2)}
 CRITERION = ("validation_error", "validation_loss")

@@ -49,12 +49,12 @@ METHODS = {
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "smoke": dict(model="tiny", window=64, tokens=256, held_out=64, questions=2, items=2, chats=1, windows=1, rank=2),
-    "cpu": dict(model="smollm2", window=512, tokens=4096, held_out=768, questions=15, items=100, chats=20, windows=6)
+    "cpu": dict(model="smollm2", window=512, tokens=4096, held_out=768, questions=15, items=60, chats=20, windows=6)
     | dict(rank=64),
     "gpu": dict(model="smollm2", window=512, tokens=131072, held_out=8192, questions=200, items=1000, chats=200)
     | dict(windows=64, rank=64),
 }
-RATES = {"smoke": (1e-3, 3e-3), "cpu": (1e-4, 3e-4, 1e-3, 3e-3), "gpu": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)}
+RATES = {"smoke": (1e-3, 3e-3), "cpu": (1e-4, 3e-4, 1e-3), "gpu": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)}
 SEEDS = {"smoke": (0,), "cpu": (0,), "gpu": (0, 1, 2)}
 STRENGTH = 1.0  # of EWC
 PROSE = 8  # windows of WikiText-2's training text that EWC takes the importance of weights from before it learns
