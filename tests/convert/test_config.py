@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestlearn.convert import Level, LevelsConfig
+from nestlearn.convert.config import default_rate
 from nestlearn.errors import UserError
 
 
@@ -86,3 +87,8 @@ def test_through_json_and_back() -> None:
     assert config.layers == (1, 5)
     assert LevelsConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert LevelsConfig.from_dict({}) == LevelsConfig()
+
+
+def test_rates_grow_with_the_root_of_the_period() -> None:
+    assert [(level.period, level.lr) for level in LevelsConfig().levels] == [(512, 2e-4), (1024, 2.8e-4), (2048, 4e-4)]
+    assert default_rate(4 * 512) == 2 * default_rate(512)

@@ -114,6 +114,7 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     done = run.invoke(app, ["convert", str(base), "--out", str(tmp_path / "other")])
     assert done.exit_code == 0
     assert "1,344" in done.stdout
+    assert ContinualModel.from_pretrained(tmp_path / "other").config_levels == LevelsConfig()
     for arguments, says in [
         ([str(base), "--out", str(out)], "holds a converted model already"),
         ([str(base), "--out", str(tmp_path / "x"), "--lr", "1,2"], "--lr has 2 numbers for 3 levels"),

@@ -46,8 +46,13 @@ def convert(
         str, typer.Option(help="Tokens between two updates of each level, fast to slow.", metavar="N,N")
     ] = "512,1024,2048",
     lr: Annotated[
-        str, typer.Option(help="Learning rate, one for all levels or one for each.", metavar="X[,X]")
-    ] = "1e-4",
+        str | None,
+        typer.Option(
+            help="Learning rate, one for all levels or one for each; by default 2e-4 at a period of 512, growing with "
+            "the root of the period.",
+            metavar="X[,X]",
+        ),
+    ] = None,
     rule: Annotated[str, typer.Option(help="adamw, sgd, m3 or delta-momentum.")] = "adamw",
     as_json: Json = False,
 ) -> None:
@@ -59,14 +64,14 @@ def convert(
     """
     from transformers.utils import logging
 
-    from nestlearn.convert.config import Level, LevelsConfig
+    from nestlearn.convert.config import Level, LevelsConfig, default_rate
     from nestlearn.convert.model import convert
     from nestlearn.convert.saved import LEVELS, load_base
 
     if (out / LEVELS).exists():
         raise UserError(f"{out} holds a converted model already: give another --out, or remove it")
     chunks = _numbers("--periods", periods, int)
-    rates = _numbers("--lr", lr, float)
+    rates = [default_rate(max(period, 1)) for period in chunks] if lr is None else _numbers("--lr", lr, float)
     if len(rates) not in (1, len(chunks)):
         raise UserError(f"--lr has {len(rates)} numbers for {len(chunks)} levels: give one, or one for each")
     rates = rates * len(chunks) if len(rates) == 1 else rates

@@ -14,6 +14,19 @@ RULES = ("adamw", "sgd", "m3", "delta-momentum")
 KINDS = ("depthwise", "split")
 PLACES = ("late", "all")
 LATE = 4  # the last quarter of the layers, as in TTT-E2E
+PERIODS = (512, 1024, 2048)
+
+
+def default_rate(period: int) -> float:
+    """Of "adamw", where none is given: 2e-4 at a period of 512 tokens, growing with the root of the period.
+
+    Measured on 8,192 tokens of a grammar with three levels (SmolLM2, one run each): held-out loss fell by 0.151 nats and
+    that of WikiText-2 by 0.044; at 1e-4 for every level by 0.105 and 0.029, at 3e-4 for every level by 0.150 and 0.041.
+
+    >>> [default_rate(period) for period in PERIODS]
+    [0.0002, 0.00028, 0.0004]
+    """
+    return float(f"{2e-4 * math.sqrt(period / 512):.1e}")
 
 
 def _several(value: object) -> bool:
@@ -73,7 +86,8 @@ class LevelsConfig:
         kind: "depthwise" places each chosen layer's MLP at one level, consecutive layers together and late layers fast
             (section 7.3); "split" divides the hidden neurons of each chosen MLP among the levels, whose outputs add up
             (the independent continuum memory of Eq. 74 with all weights one).
-        levels: fast to slow, so by period in increasing order.
+        levels: fast to slow, so by period in increasing order; by default 512, 1024 and 2048 tokens, whose rates grow
+            with the root of the period (`default_rate`).
         layers: "late", the last quarter (at least one layer a level), "all", or the indices of layers.
 
     Raises:
@@ -84,7 +98,7 @@ class LevelsConfig:
     """
 
     kind: str = "depthwise"
-    levels: tuple[Level, ...] = (Level(512, 1e-4), Level(1024, 1e-4), Level(2048, 1e-4))
+    levels: tuple[Level, ...] = tuple(Level(period, default_rate(period)) for period in PERIODS)
     layers: str | tuple[int, ...] = "late"
 
     def __post_init__(self) -> None:
