@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,26 @@ from nestlearn.data.stdlib_corpus import stdlib_documents
 from nestlearn.learner.store import Store
 
 NESTLEARN = Path(sys.executable).with_name("nestlearn")
-EVERY = 0.5  # seconds between two samples
-SHARE = 0.75  # of the learning that the killed starts should do; what a kill takes away is done again
+EVERY = 2.0  # seconds between two samples
+AUTOSAVE = 16384  # tokens between two snapshots, the default of the command
 MB = 1e6
+
+
+Sample = dict[str, float]
+
+
+@dataclass
+class Kill:
+    """``delay`` seconds after the store has ``after`` tokens, ``loading`` more if it has them when the process starts.
+
+    ``lived`` and ``kept`` are what came of it: seconds of the process, and tokens in the store.
+    """
+
+    after: int
+    delay: float
+    loading: float
+    lived: float = 0.0
+    kept: int = 0
 
 
 def prepare(folder: Path, tokens: int) -> None:
@@ -56,30 +74,36 @@ def prepare(folder: Path, tokens: int) -> None:
 def start(folder: Path, store: str) -> subprocess.Popen[bytes]:
     command = [NESTLEARN, "learn", "model", "--store", store, "text.txt", "--json"]
     with (folder / f"{store}.json").open("wb") as out:
-        return subprocess.Popen(command, cwd=folder, stdout=out)
+        return subprocess.Popen(command, cwd=folder, stdout=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def watch(process: subprocess.Popen[bytes], store: Path, began: float, seconds: float | None) -> list[dict[str, float]]:
-    """Samples until the process ends, or until it is killed after some seconds."""
-    samples, measured = [], psutil.Process(process.pid)
-    end = time.perf_counter() + (float("inf") if seconds is None else seconds)
-    while process.poll() is None and (left := end - time.perf_counter()) > 0:
-        try:
-            rss = measured.memory_info().rss / MB
-        except psutil.NoSuchProcess:
-            break
-        sample = {
-            "seconds": time.perf_counter() - began,
-            "rss": rss,
-            "store": size_of(store),
-            "tokens": tokens_in(store),
-        }
-        samples.append({name: round(value, 2) for name, value in sample.items()})
-        time.sleep(min(EVERY, left))
-    if process.poll() is None and seconds is not None:
-        process.send_signal(signal.SIGKILL)
+def watch(process: subprocess.Popen[bytes], store: Path, began: float, kill: Kill | None = None) -> list[Sample]:
+    """Samples until the process ends by itself, or is killed at some moment."""
+    samples: list[Sample] = []
+    measured, born, due = psutil.Process(process.pid), time.perf_counter(), 0.0
+    moment = float("inf") if kill is None or tokens_in(store) < kill.after else born + kill.delay + kill.loading
+    while process.poll() is None and (now := time.perf_counter()) < moment:
+        tokens = tokens_in(store)
+        if kill is not None and moment == float("inf") and tokens >= kill.after:
+            moment = now + kill.delay
+        if now >= due:
+            sample = {"seconds": now - began, "tokens": tokens, "store": size_of(store), "rss": rss_of(measured)}
+            samples.append({name: round(value, 2) for name, value in sample.items()})
+            due = now + EVERY
+        time.sleep(max(0.0, min(0.05, moment - time.perf_counter())))
+    if process.poll() is None:
+        process.kill()
     process.wait()
+    if kill is not None:
+        kill.lived = round(time.perf_counter() - born, 2)
     return samples
+
+
+def rss_of(process: psutil.Process) -> float:
+    try:
+        return process.memory_info().rss / MB
+    except psutil.NoSuchProcess:
+        return 0.0
 
 
 def size_of(store: Path) -> float:
@@ -104,7 +128,7 @@ def tokens_in(store: Path) -> int:
 def straight(folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     process = start(folder, "straight")
-    samples = watch(process, folder / "straight", began, None)
+    samples = watch(process, folder / "straight", began)
     if process.returncode:
         raise SystemExit(f"nestlearn learn ended with {process.returncode}")
     read = json.loads((folder / "straight.json").read_text())["reads"][0]
@@ -117,7 +141,7 @@ def straight(folder: Path) -> dict[str, Any]:
         "moved": [level["moved"] for level in read["levels"]],
         "reading_seconds": read["seconds"],
         "rss_first": first["rss"],
-        "rss_last": samples[-1]["rss"],
+        "rss_last": max(s["rss"] for s in samples[-5:]),  # the last alone may be of a process that has let go
         "rss_most": max(s["rss"] for s in samples),
         "store_most": max(s["store"] for s in samples),
         "samples": samples,
@@ -126,32 +150,32 @@ def straight(folder: Path) -> dict[str, Any]:
 
 def killed(folder: Path, kills: int, run: dict[str, Any], seed: int) -> dict[str, Any]:
     choose = random.Random(seed)
+    save = AUTOSAVE * run["reading_seconds"] / run["tokens"]  # seconds between two snapshots
     loading = run["seconds"] - run["reading_seconds"]
-    # A start lives between 0 and `longest`, evenly; this is the length at which it learns for `share` on average.
-    share = SHARE * run["reading_seconds"] / max(kills, 1)
-    longest = loading + share + math.sqrt(share * (share + 2 * loading))
-    moments, reached, samples, problems = [], [], [], []
+    # Tokens in order, so that the kills lie all over the text; two that are close make one while a process loads.
+    places = sorted(choose.randrange(run["tokens"] - 2 * AUTOSAVE) for _ in range(kills))
+    plan = [Kill(place // AUTOSAVE * AUTOSAVE, choose.uniform(0, save), choose.uniform(0, loading)) for place in places]
+    samples: list[Sample] = []
+    problems = []
     began = time.perf_counter()
-    for _ in range(kills):
-        moment = choose.uniform(0, longest)
+    for kill in plan:
         process = start(folder, "killed")
-        samples += watch(process, folder / "killed", began, moment)
+        samples += watch(process, folder / "killed", began, kill)
         if process.returncode != -signal.SIGKILL:
-            raise SystemExit(f"a start ended with {process.returncode} before it was killed: fewer --kills")
-        moments.append(round(moment, 2))
+            raise SystemExit(f"a start ended with {process.returncode} before it was killed")
         problems += verify(folder / "killed") if (folder / "killed" / "store.json").exists() else []
-        reached.append(tokens_in(folder / "killed"))
-        print(f"killed after {moment:.1f} s, {reached[-1]:,} tokens kept", file=sys.stderr, flush=True)
+        kill.kept = tokens_in(folder / "killed")
+        print(f"killed after {kill.lived:.1f} s, {kill.kept:,} tokens kept", file=sys.stderr, flush=True)
     process = start(folder, "killed")
-    samples += watch(process, folder / "killed", began, None)
+    samples += watch(process, folder / "killed", began)
     if process.returncode:
         raise SystemExit(f"the last start ended with {process.returncode}")
     resumed = json.loads((folder / "killed.json").read_text())["reads"][0]["resumed"]
+    kept = [kill.kept for kill in plan]
     return {
         "seconds": time.perf_counter() - began,
-        "killed_after": moments,
-        "tokens_kept": reached,
-        "lost": any(after < before for before, after in pairwise(reached)),
+        "kills": [vars(kill) for kill in plan],
+        "lost": any(after < before for before, after in pairwise([*kept, resumed])),
         "resumed_at": resumed,
         "problems": problems,
         "rss_most": max(s["rss"] for s in samples),
