@@ -146,6 +146,8 @@ def test_a_probe_stops_learning(run: Run, place: Path) -> None:
         (["model", "--store", "memory", "a.txt", "--branch", "other"], "no branch 'other'"),
         (["model", "--store", "memory", "a.txt", "--probe", "c.txt"], "cannot read c.txt"),
         (["model", "--store", "memory", "a.txt", "--autosave", "0"], "autosave=0"),
+        (["model", "--store", "memory", "a.txt", "--limit", "2"], "--limit 2 is that of a probe"),
+        (["model", "--store", "memory", "base"], "base is a folder"),
     ],
 )
 def test_a_mistake_is_one_line(run: Run, words: list[str], message: str) -> None:
@@ -231,6 +233,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     state = ContinualLearner(model, tokenizer, place / "memory").state
     assert 0 < state.read < len(text)
     assert state.reading == str((place / "long.txt").resolve())
+
+
+def test_a_chat_refuses_what_no_answer_can_be_made_with(run: Run) -> None:
+    code, out, err = run("chat", "model", "--store", "memory", "--temperature", "-1", stdin="hi")
+    assert (code, out) == (2, "")
+    assert err == "error: temperature -1.0: give 0 (the most likely token) or more\n"
+
+
+def test_a_new_store_has_no_snapshot(run: Run) -> None:
+    run("chat", "model", "--store", "memory")
+    assert run("memory", "log", "memory") == (0, "memory holds no snapshot yet\n", "")
 
 
 def test_a_chat_learns_saves_and_goes_back(run: Run, place: Path) -> None:

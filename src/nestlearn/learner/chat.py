@@ -14,6 +14,7 @@ from nestlearn.errors import UserError, nearest
 from nestlearn.learner.learner import ContinualLearner
 from nestlearn.learner.report import ReadReport
 from nestlearn.learner.stream import opening
+from nestlearn.train.generate import check_options
 
 HELP = """\
 /read FILE      learn from a text, .jsonl or .parquet file
@@ -35,6 +36,9 @@ class Chat:
         learner: with a store.
         max_new_tokens, temperature, top_p, seed: of an answer, as in `ContinualLearner.generate`.
         as_json: print a JSON object a line, an answer when it is whole.
+
+    Raises:
+        UserError: one of these is out of its range.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Chat:
         seed: int | None = None,
         as_json: bool = False,
     ) -> None:
+        check_options(max_new_tokens, temperature, top_p, seed)
         self.learner, self.seed, self.as_json = learner, seed, as_json
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.start = learner.state

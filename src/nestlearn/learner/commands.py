@@ -39,7 +39,10 @@ def learn(
     probe: Annotated[
         Path | None, typer.Option(help="A text that must not get worse: learning stops when it does.", metavar="FILE")
     ] = None,
-    limit: Annotated[float, typer.Option(help="Of the probe's perplexity, in units of the pretrained model's.")] = 1.1,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="Of the probe's perplexity, in units of the pretrained model's; 1.1 if it is not given."),
+    ] = None,
     autosave: Annotated[int, typer.Option(help="Tokens between two automatic snapshots.")] = AUTOSAVE,
     again: Annotated[bool, typer.Option("--again", help="Read from the start what has been read before.")] = False,
     dry_run: Annotated[
@@ -63,6 +66,8 @@ def learn(
     learner = None
     with _spooled(files, dry_run) as texts:
         for path in texts.values():
+            if path is not None and path.is_dir():
+                raise UserError(f"{path} is a folder: give its files, as in {path / '*.txt'}")
             if path is not None and not path.is_file():
                 raise UserError(f"no file {str(path)!r}: give a text, .jsonl or .parquet file")
         kept = "nothing was read, the store is as it was"
@@ -153,13 +158,16 @@ def _learner(
     return ContinualLearner(converted, tokenizer, opened, context=context, probe=probe, autosave=autosave)
 
 
-def _probe(path: Path | None, limit: float) -> Any:
+def _probe(path: Path | None, limit: float | None) -> Any:
     from nestlearn.data.text_files import read_documents
     from nestlearn.learner.guards import RetentionProbe
 
+    if path is None and limit is not None:
+        raise UserError(f"--limit {limit:g} is that of a probe: give --probe FILE with it")
     if path is None:
         return None
-    return RetentionProbe("\n\n".join("".join(document) for document in read_documents(path)), limit)
+    text = "\n\n".join("".join(document) for document in read_documents(path))
+    return RetentionProbe(text) if limit is None else RetentionProbe(text, limit)
 
 
 def _check_name(learner: ContinualLearner, name: str) -> None:

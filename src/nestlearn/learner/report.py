@@ -69,7 +69,9 @@ class ReadReport:
         return asdict(self) | {"tokens_per_second": self.tokens_per_second}
 
     def __str__(self) -> str:
-        if self.tokens == 0 and self.stopped is None:
+        if self.tokens == 0 and self.stopped is not None:
+            return f"nothing was read: {self.stopped}"
+        if self.tokens == 0:
             return f"nothing new, {self.resumed:,} tokens were read before" if self.resumed else "nothing to read"
         surprise = "" if self.loss is None else f", loss {self.loss:.3f} (perplexity {math.exp(self.loss):.2f})"
         lines = [f"read {self.tokens:,} tokens{surprise}, {self.tokens_per_second:,.0f} tokens/s"]

@@ -47,6 +47,21 @@ class _Relay(TextStreamer):
             self.on_text(text)
 
 
+def check_options(max_new_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
+    """Raises `UserError` for what `generate_text` does not take.
+
+    >>> check_options(256, temperature=0.7, top_p=0.95, seed=None)
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: give 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature {temperature}: give 0 (the most likely token) or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p {top_p}: give a share above 0, at most 1")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise UserError(f"seed {seed}: give 0 to 2**64 - 1")
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,14 +86,7 @@ def generate_text(
     ...     intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
     >>> text = generate_text(model, load_tokenizer("bytes"), "def ", max_new_tokens=2, seed=0)
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {max_new_tokens}: give 1 or more")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature {temperature}: give 0 (the most likely token) or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p {top_p}: give a share above 0, at most 1")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise UserError(f"seed {seed}: give 0 to 2**64 - 1")
+    check_options(max_new_tokens, temperature, top_p, seed)
     inputs = _inputs(tokenizer, prompt)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from nestlearn.convert import ContinualModel, model_folder
+from nestlearn.convert.pretrained import MODELS
 from nestlearn.convert.saved import LEVELS
 from nestlearn.data.text_files import find_path
 from nestlearn.data.tokenizers import blame, read_tokenizer, reason
@@ -40,11 +41,13 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     >>> load_model("no/such/folder")
     Traceback (most recent call last):
         ...
-    nestlearn.errors.UserError: no model folder 'no/such/folder': give the run folder of `nestlearn train`
+    nestlearn.errors.UserError: no model folder 'no/such/folder': give a run, a folder of save_pretrained, or smollm2
     """
     folder = find_path(model_folder(path), "model folder")
     if not folder.is_dir():
-        raise UserError(f"no model folder {str(path)!r}: give the run folder of `nestlearn train`")
+        raise UserError(
+            f"no model folder {str(path)!r}: give a run, a folder of save_pretrained, or {', '.join(MODELS)}"
+        )
     converted = (folder / LEVELS).is_file()
     model, config, tokenizer = _converted(folder) if converted else _ordinary(folder)
     size = config.get_text_config().vocab_size

@@ -162,7 +162,7 @@ def test_names_that_are_none(store: Store, name: str) -> None:
 
 def test_a_name_is_given_once_unless_it_is_to_move(store: Store) -> None:
     first = store.save(state(a=1), {}, name="manual")
-    with pytest.raises(UserError, match=r"the name 'manual' is taken by .*: choose another, or say that it is to move"):
+    with pytest.raises(UserError, match=r"the name 'manual' is taken by .*: choose another, or drop it first"):
         store.save(state(a=2), {}, name="manual")
     assert store.log() == [first]
     second = store.save(state(a=2), {}, name="manual", move=True)

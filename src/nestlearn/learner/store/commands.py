@@ -40,6 +40,9 @@ def log(store: Folder, ref: Ref = "head", branch: Branch = "main", as_json: Json
     if as_json:
         _print_json({"snapshots": [snapshot.to_dict() for snapshot in found], "branches": branches})
         return
+    if not found:
+        print(f"{store} holds no snapshot yet")
+        return
     table = _table("snapshot", "created (UTC)", "tokens", "loss", "MB", "known as", right={2, 3, 4})
     for snapshot in found:
         tips = [f"branch {name}" for name, tip in sorted(branches.items()) if tip == snapshot.id]

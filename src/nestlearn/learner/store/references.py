@@ -115,7 +115,7 @@ def check_free(references: References, name: str, move: bool = False) -> None:
         raise UserError(f"{name!r} is a branch: choose another name")
     if name in references.names and not move:
         target = references.names[name][:12]
-        raise UserError(f"the name {name!r} is taken by {target}: choose another, or say that it is to move")
+        raise UserError(f"the name {name!r} is taken by {target}: choose another, or drop it first")
 
 
 def split(ref: str) -> tuple[str, int]:
