@@ -47,13 +47,15 @@ Sample = dict[str, float]
 class Kill:
     """``delay`` seconds after the store has ``after`` tokens, ``loading`` more if it has them when the process starts.
 
-    ``lived`` and ``kept`` are what came of it: seconds of the process, and tokens in the store.
+    What came of it: the process ``lived`` so many seconds; the newest snapshot had read so many tokens when last
+    ``seen`` before the kill, and after it so many were ``kept``.
     """
 
     after: int
     delay: float
     loading: float
     lived: float = 0.0
+    seen: int = 0
     kept: int = 0
 
 
@@ -84,8 +86,10 @@ def watch(process: subprocess.Popen[bytes], store: Path, began: float, kill: Kil
     moment = float("inf") if kill is None or tokens_in(store) < kill.after else born + kill.delay + kill.loading
     while process.poll() is None and (now := time.perf_counter()) < moment:
         tokens = tokens_in(store)
-        if kill is not None and moment == float("inf") and tokens >= kill.after:
-            moment = now + kill.delay
+        if kill is not None:
+            kill.seen = tokens
+            if moment == float("inf") and tokens >= kill.after:
+                moment = now + kill.delay
         if now >= due:
             sample = {"seconds": now - began, "tokens": tokens, "store": size_of(store), "rss": rss_of(measured)}
             samples.append({name: round(value, 2) for name, value in sample.items()})
@@ -171,16 +175,19 @@ def killed(folder: Path, kills: int, run: dict[str, Any], seed: int) -> dict[str
     if process.returncode:
         raise SystemExit(f"the last start ended with {process.returncode}")
     resumed = json.loads((folder / "killed.json").read_text())["reads"][0]["resumed"]
-    kept = [kill.kept for kill in plan]
+    known = [tokens for kill in plan for tokens in (kill.seen, kill.kept)]
+    store_last = size_of(folder / "killed")
+    subprocess.run([NESTLEARN, "memory", "gc", folder / "killed"], capture_output=True, check=True)
     return {
         "seconds": time.perf_counter() - began,
         "kills": [vars(kill) for kill in plan],
-        "lost": any(after < before for before, after in pairwise([*kept, resumed])),
+        "lost": any(after < before for before, after in pairwise([*known, resumed])),
         "resumed_at": resumed,
         "problems": problems,
         "rss_most": max(s["rss"] for s in samples),
         "store_most": max(s["store"] for s in samples),
-        "store_last": size_of(folder / "killed"),
+        "store_last": store_last,
+        "store_after_gc": size_of(folder / "killed"),
         "samples": samples,
     }
 
@@ -231,12 +238,11 @@ def main() -> None:
         f"| uninterrupted | {run['seconds']:.0f} | {run['loss']:.4f} | {run['rss_first']:.0f} MB | "
         f"{run['rss_last']:.0f} MB | {run['rss_most']:.0f} MB | {run['store_most']:.2f} MB |"
     )
-    print(f"| killed {args.kills} times | {torn['seconds']:.0f} | | | | {torn['rss_most']:.0f} MB | ", end="")
-    print(
-        f"{torn['store_most']:.2f} MB |\n\n{compared} tensors compared, {len(differing)} differ{differing or ''}; ",
-        end="",
-    )
-    print(f"snapshots lost: {'yes' if torn['lost'] else 'none'}; damaged files: {len(problems)}")
+    after = f"{torn['store_most']:.2f} MB, {torn['store_after_gc']:.2f} MB after gc"
+    print(f"| killed {args.kills} times | {torn['seconds']:.0f} | | | | {torn['rss_most']:.0f} MB | {after} |\n")
+    lost = "some" if torn["lost"] else "none"
+    print(f"{compared} tensors compared, {len(differing)} differ {differing or ''}")
+    print(f"snapshots lost: {lost}; damaged files: {len(problems)}")
     if differing or problems or torn["lost"]:
         raise SystemExit(1)
 

@@ -93,7 +93,7 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (["eval", "--suite", "core", "--carry-state"], "--carry-state is not for --suite"),
         (["eval", "absent", "--data", "stdlib", "--scale", "cpu"], "--scale is for --suite, not for a model"),
         (["eval", "absent", "--data", "stdlib", "--workers", "1"], "--workers is for --suite, not for a model"),
-        (["eval", "--suite", "cor"], "unknown suite 'cor'; did you mean 'core'? (allowed: core)"),
+        (["eval", "--suite", "cor"], "unknown suite 'cor'; did you mean 'core'? (allowed: continual, core)"),
         (["eval", "--suite", "core", "--scale", "tpu"], "unknown scale 'tpu'; did you mean 'gpu'?"),
         (["eval", "--suite", "core", "--only", "formal,mda"], "unknown task 'mda'"),
         (["eval", "--suite", "core", "--workers", "0"], "--workers is the number of processes, 1 or more, got 0"),

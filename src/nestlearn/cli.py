@@ -109,7 +109,10 @@ def evaluate(
         bool, typer.Option("--carry-state", help="Read the text in one pass; memory stays constant (Hope blocks).")
     ] = False,
     suite: Annotated[
-        str | None, typer.Option(help="In place of MODEL: train and measure the models of the paper: core.")
+        str | None,
+        typer.Option(
+            help="In place of MODEL: core, the paper's models; continual, a pretrained one that keeps learning."
+        ),
     ] = None,
     scale: Annotated[
         str | None, typer.Option(help="Of a suite: cpu, gpu, or smoke to see that everything works.")
@@ -125,7 +128,7 @@ def evaluate(
 
     MODEL: perplexity and bits per byte. Of data with a validation split that split is read, of other data everything.
 
-    --suite core: finished runs are kept at once, so after Ctrl-C or a crash the same command goes on. The folder holds
+    Of a suite finished runs are kept at once, so after Ctrl-C or a crash the same command goes on. The folder holds
     report/report.html and report.md with every table beside the paper's, and the result of each run in cells/.
 
     Example: nestlearn eval runs/tiny-1 --data book.txt --context 512 --stride 256
