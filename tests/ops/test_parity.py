@@ -117,6 +117,7 @@ def compare(start: Start, rule: WriteRule, batch: int, tokens: int, dtype=torch.
 
 RULES = {
     "default": {},
+    "stretched": {"stretch": 0.4},
     "l2": {"objective": "l2", "eta_max": 0.5},
     "anchor read": {"read": "anchor"},
     "toward zero, nothing bounded": {
@@ -174,7 +175,9 @@ def test_every_rule_equals_the_oracle_in_float64(structure: str, momentum: bool,
 
 
 @pytest.mark.parametrize("momentum", [False, True])
-@pytest.mark.parametrize("name", ["default", "l2", "shared values", "toward zero, nothing bounded", "tight limit"])
+@pytest.mark.parametrize(
+    "name", ["default", "stretched", "l2", "shared values", "toward zero, nothing bounded", "tight limit"]
+)
 def test_heads_that_accumulate_equal_the_oracle(momentum: bool, name: str) -> None:
     start = make_start("linear", ALL, momentum=momentum, accumulates=True)
     errors = compare(start, WriteRule(chunk_size=4, **RULES[name]), batch=2, tokens=11)

@@ -17,7 +17,8 @@ from nestlearn.ops import GATES, MEMORY, Start, WriteRule
 # Where the sigmoids of a head start: 1 - 1e-6 retained, 1e-6 written or erased, all but everything erased. A share of
 # 1e-4 erased with every token is too much: after 300 tokens a count of 100 is wrong by several.
 ALWAYS, NEVER, FULLY = 14.0, -14.0, 5.0
-TURN = 3.0  # of a step size: 1.9 of at most 2, by which a write all but turns the sign along its key
+TURN = 3.0  # of a step size: with the stretch exactly 2, by which a write turns the sign along its key
+STRETCH = 0.1  # of the step sizes of a layer with heads that count, so that they reach 0 and 2
 
 
 class SelfReferentialTitans(MemoryMixer):
@@ -48,9 +49,9 @@ class SelfReferentialTitans(MemoryMixer):
         retained: initial retained fractions alpha per token of the first and the last head, spaced evenly in
             the logarithm of the memory's lifetime; heads that accumulate start at 1 - 1e-6.
         accumulators: the last so many heads start as accumulators: they keep what they are given, erase nothing and
-            leave their projections as they are; the head before them starts with steps near ``eta_max``. They can
-            count and sum, which a memory that erases cannot, and cost a language model some of its quality
-            (`docs/results.md`). Of linear memories only.
+            leave their projections as they are; the head before them starts with steps of ``eta_max``, which all of
+            the layer's heads can then reach. They can count and sum, which a memory that erases cannot, and cost a
+            language model some of its quality (`docs/results.md`). Of linear memories only.
         gate: whether a static sigmoid gate multiplies the output.
         objective: ``"dot"``, ``"l2"`` or an Lp one such as ``"l3"``; None means what held up by measurement, dot for
             linear memories and l2 for MLP memories.
@@ -115,6 +116,7 @@ class SelfReferentialTitans(MemoryMixer):
             self_values=self_values,
             retention=retention,
             eta_max=eta_max if eta_max is not None else (2.0 if memory == "linear" else 0.1),
+            stretch=STRETCH if accumulators else 0.0,
             bounded=bounded,
             normalize_v=normalize_v,
             clip_values=clip_values,

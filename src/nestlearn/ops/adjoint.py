@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.ops.rule import WriteRule
+from nestlearn.ops.rule import WriteRule, stretched
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,11 @@ class Gates(NamedTuple):
         """From raw gates (N, c) and biases (H,); the maps of ``ops.rule.gates``."""
         biased = lambda raw, bias: raw.unflatten(0, (-1, bias.shape[0])).add(bias.unsqueeze(-1)).flatten(0, 1)  # noqa: E731
         opened = torch.sigmoid(biased(raw_eta, bias_eta))
-        eta = opened * rule.eta_max
+        wide = stretched(opened, rule.stretch)
+        eta = wide.clamp(0, 1) * rule.eta_max
+        slope = (1 + 2 * rule.stretch) * rule.eta_max * opened * (1 - opened)
+        if rule.stretch:
+            slope = slope * ((wide > 0) & (wide < 1))
         if not rule.decay:
             log_alpha, alpha = torch.zeros_like(eta), torch.ones_like(eta)
         else:
@@ -61,8 +65,7 @@ class Gates(NamedTuple):
             assert bias_alpha is not None
             log_alpha = F.logsigmoid(biased(raw_alpha, bias_alpha)).clamp_min_(-60)
             alpha = log_alpha.exp()
-            eta = eta * alpha if rule.bounded else eta
-        slope = eta * (1 - opened)
+            eta, slope = (eta * alpha, slope * alpha) if rule.bounded else (eta, slope)
         if valid is not None:
             eta, log_alpha, slope = eta * valid, log_alpha * valid, slope * valid
         return cls(eta, log_alpha, alpha, slope)

@@ -41,6 +41,8 @@ class WriteRule:
         retention: ``"zero"`` lets ``alpha`` and the erasure pull the weights toward zero (Eq. 88),
             ``"start"`` toward their learned initial state: only what was learned in context fades.
         eta_max: upper end of the step size, in units of ``alpha`` if ``bounded`` (dimensionless, keys have norm 1).
+        stretch: how far the sigmoid of the step size reaches beyond 0 and ``eta_max``, where it is cut, in units of
+            ``eta_max``; with 0 it never reaches them. Steps of exactly 2 turn a sign again and again without a loss.
         bounded: whether ``eta`` is in units of ``alpha``, which with ``eta_max <= 2`` makes every transition
             ``alpha I - eta k k^T`` non-expansive.
         normalize_v: whether values are scaled to unit length before they are written.
@@ -67,6 +69,7 @@ class WriteRule:
     self_values: bool = True
     retention: Literal["zero", "start"] = "start"
     eta_max: float = 2.0
+    stretch: float = 0.0
     bounded: bool = True
     normalize_v: bool = True
     clip_values: bool = True
@@ -93,6 +96,8 @@ class WriteRule:
             )
         if not 0 < self.eta_max < math.inf:
             raise UserError(f"eta_max must be positive and finite, got {self.eta_max}")
+        if not 0 <= self.stretch < math.inf:
+            raise UserError(f"stretch must be a finite number from 0 on, got {self.stretch}")
         if self.norm_limit is not None and not 0 < self.norm_limit < math.inf:
             raise UserError(f"norm_limit must be positive and finite, or None, got {self.norm_limit}")
 
@@ -168,12 +173,17 @@ def gates(raw_eta: Tensor, raw_alpha: Tensor | None, start: Start, rule: WriteRu
 
     A rule without decay needs no raw ``alpha`` and everything is retained.
     """
-    eta = rule.eta_max * torch.sigmoid(raw_eta + start.bias["eta"][:, None])
+    eta = rule.eta_max * stretched(torch.sigmoid(raw_eta + start.bias["eta"][:, None]), rule.stretch).clamp(0, 1)
     if not rule.decay:
         return eta, torch.zeros_like(eta)
     assert raw_alpha is not None
     log_alpha = F.logsigmoid(raw_alpha + start.bias["alpha"][:, None]).clamp_min(-60)  # 1 / alpha stays finite
     return (eta * log_alpha.exp() if rule.bounded else eta), log_alpha
+
+
+def stretched(opened: Tensor, stretch: float) -> Tensor:
+    """A gate between 0 and 1 over the range from ``-stretch`` to ``1 + stretch``."""
+    return (1 + 2 * stretch) * opened - stretch if stretch else opened
 
 
 def limit(weights: Tensor, norm_limit: float | None) -> Tensor:
