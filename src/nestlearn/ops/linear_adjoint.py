@@ -184,7 +184,8 @@ class LinearSegment(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor, d_queries: Tensor | None, d_s: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan, valid = ctx.plan, ctx.valid
-        given, saved = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        kept = ctx.saved_tensors  # read once: checkpointing recomputes at the first look and refuses a second
+        given, saved = kept[: ctx.inputs], kept[ctx.inputs :]
         if torch.is_grad_enabled():
             again, d_outputs = lambda: plan.by_autograd(valid, *given), (d_y, d_queries, d_s)
             return second_order(again, given, ctx.needs_input_grad[2:], d_outputs)

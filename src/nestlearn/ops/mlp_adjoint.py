@@ -174,7 +174,8 @@ class MLPSegment(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan, valid = ctx.plan, ctx.valid
-        given, saved = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
+        kept = ctx.saved_tensors  # read once: checkpointing recomputes at the first look and refuses a second
+        given, saved = kept[: ctx.given], kept[ctx.given :]
         if torch.is_grad_enabled():
             return second_order(lambda: plan.by_autograd(valid, *given), given, ctx.needs_input_grad[2:], d_outputs)
         kernel, rule = plan.kernel, plan.kernel.rule
