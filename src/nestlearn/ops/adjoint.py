@@ -10,14 +10,14 @@ loss by x.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.ops.rule import WriteRule, stretched
+from nestlearn.ops.rule import Start, WriteRule, stretched
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,6 +28,21 @@ def unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def unit_adjoint(y: Tensor, r: Tensor, d_y: Tensor) -> Tensor:
     return torch.addcmul(d_y, y, (y * d_y).sum(-1, keepdim=True), value=-1).mul_(r)
+
+
+Units = tuple[tuple[Tensor, Tensor | None], ...]
+
+
+def units(made: Mapping[str, Tensor], names: Sequence[str], rule: WriteRule) -> Units:
+    """k, q and v as a segment uses them, each with its factor, None where it is as it was given."""
+    scaled = {"k": "k" in names, "q": "q" in names, "v": rule.normalize_v}
+    return tuple(unit(made[name]) if on else (made[name], None) for name, on in scaled.items())
+
+
+def units_adjoint(used: Units, d_used: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Derivatives by what `units` was given, by name."""
+    pairs = zip("kqv", used, d_used, strict=True)
+    return {name: d if r is None else unit_adjoint(y, r, d) for name, (y, r), d in pairs}
 
 
 class Gates(NamedTuple):
@@ -165,6 +180,24 @@ class Tables(NamedTuple):
 def each(t: Tensor, batch: int) -> Tensor:
     """What the heads have, (H, ...), for every sequence: (N, ...)."""
     return t.expand(batch, *t.shape).flatten(0, 1)
+
+
+def write_scales(start: Start, names: Sequence[str]) -> Tensor:
+    """The write scales of the n memories, (H, n); 1 where one has none."""
+    ones = torch.ones_like(start.bias["eta"])
+    return torch.stack([start.write_scale.get(name, ones) for name in names], -1)
+
+
+class Sums:
+    """Derivatives by the distinct inputs, added up in the order in which they come; None where there is none."""
+
+    def __init__(self, inputs: int) -> None:
+        self.found: list[Tensor | None] = [None] * inputs
+
+    def add(self, i: int, d_x: Tensor) -> None:
+        """One more part of the derivative by input ``i``."""
+        found = self.found[i]
+        self.found[i] = d_x if found is None else found + d_x
 
 
 def per_sequence(valid: Tensor, batch: int, heads: int) -> Tensor:

@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nestlearn.ops.adjoint import Gates, Tables, each, per_sequence, second_order, unit, unit_adjoint
+from nestlearn.ops.adjoint import (
+    Gates,
+    Sums,
+    Tables,
+    each,
+    per_sequence,
+    second_order,
+    units,
+    units_adjoint,
+    write_scales,
+)
 from nestlearn.ops.rule import GATES, MEMORY, Start
 from nestlearn.ops.step import step
 
@@ -54,8 +64,7 @@ class LinearSegments:
         start, names = self.kernel.start, self.kernel.names
         grouped = groupby(names[:-1], key=self.source.__getitem__)
         self.groups = [(i, tuple(group)) for i, group in grouped]  # memories that share an input share a product
-        ones = start.bias["eta"].new_ones(start.bias["eta"].shape)
-        self.scale = torch.stack([start.write_scale.get(name, ones) for name in names], -1)  # (H, n)
+        self.scale = write_scales(start, names)
         self.gates = sum(name in GATES for name in names)
 
     def __call__(
@@ -128,10 +137,7 @@ class LinearSegment(torch.autograd.Function):
                 made[name] = block.squeeze(-1) if name in GATES else block
         counts = None if valid is None else per_sequence(valid, batch, scale.shape[0])
         gates = Gates.of(made["eta"], made.get("alpha"), bias_eta, bias_alpha, counts, rule)
-        (k, k_factor), (q, q_factor) = (
-            unit(made[name]) if name in kernel.names else (made[name], None) for name in ("k", "q")
-        )
-        v, v_factor = unit(made["v"]) if rule.normalize_v else (made["v"], None)
+        (k, k_factor), (q, q_factor), (v, v_factor) = units(made, kernel.names, rule)
 
         # What each row is asked to give, clipped within its block by ``factor`` (N, c, n).
         generated = a if own else a[:, : plan.gates]
@@ -271,30 +277,20 @@ class LinearSegment(torch.autograd.Function):
         d_raw_eta, d_raw_alpha = gates.adjoint(d_eta, d_log_alpha, counts, rule)
         if d_queries is not None:
             d_q = d_q + d_queries.flatten(0, 1)
-        d_made = {
-            "eta": d_raw_eta,
-            "alpha": d_raw_alpha,
-            "k": d_k if k_factor is None else unit_adjoint(k, k_factor, d_k),
-            "q": d_q if q_factor is None else unit_adjoint(q, q_factor, d_q),
-            "v": d_v if v_factor is None else unit_adjoint(v, v_factor, d_v),
-        }
-        d_inputs: list[Tensor | None] = [None] * len(inputs)
-
-        def add(i: int, d_x: Tensor) -> None:
-            found = d_inputs[i]
-            d_inputs[i] = d_x if found is None else found + d_x
-
+        used = (k, k_factor), (q, q_factor), (v, v_factor)
+        d_made = {"eta": d_raw_eta, "alpha": d_raw_alpha} | units_adjoint(used, (d_k, d_q, d_v))
+        d_inputs = Sums(len(inputs))
         row = 0
         for i, names in plan.groups:
             parts = [d_made[name].unsqueeze(-1) if name in GATES else d_made[name] for name in names]
             d_rows = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
             block = slice(row, row + d_rows.shape[-1])
             row = block.stop
-            add(i, torch.bmm(d_rows, a[:, block]))
+            d_inputs.add(i, torch.bmm(d_rows, a[:, block]))
             d_a[:, block] += torch.bmm(d_rows.mT, inputs[i].flatten(0, 1))
         for name, i in plan.source.items():
             if name not in kernel.names:
-                add(i, d_made[name])
+                d_inputs.add(i, d_made[name])
         per_head = lambda t: t.sum(-1).unflatten(0, (batch, heads)).sum(0)  # noqa: E731
         shape = batch, heads
         return (
@@ -306,5 +302,5 @@ class LinearSegment(torch.autograd.Function):
             per_head(d_raw_alpha) if rule.decay else None,
             d_scale,
             None if d_share is None else per_head(d_share),
-            *(None if t is None else t.unflatten(0, shape) for t in d_inputs),
+            *(None if t is None else t.unflatten(0, shape) for t in d_inputs.found),
         )

@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestlearn.ops.adjoint import Gates, Tables, each, per_sequence, second_order, unit, unit_adjoint
+from nestlearn.ops.adjoint import (
+    Gates,
+    Sums,
+    Tables,
+    each,
+    per_sequence,
+    second_order,
+    units,
+    units_adjoint,
+    write_scales,
+)
 from nestlearn.ops.rule import MEMORY, Start, WriteRule
 from nestlearn.ops.step import step
 
@@ -55,8 +65,7 @@ class MLPSegments:
         start, names = self.kernel.start, self.kernel.names
         grouped = groupby(range(len(names) - 1), key=lambda m: self.source[names[m]])
         self.groups = [(i, tuple(group)) for i, group in grouped]  # memories that share an input share a product
-        ones = start.bias["eta"].new_ones(start.bias["eta"].shape)
-        self.scale = torch.stack([start.write_scale.get(name, ones) for name in names], -1)  # (H, n)
+        self.scale = write_scales(start, names)
         on_top = self.kernel.rule.retention == "start" and self.kernel.rule.read == "inclusive"
         self.base = start.weights[MEMORY] if on_top else (None, None)
 
@@ -112,10 +121,7 @@ class MLPSegment(torch.autograd.Function):
                 made[names[m]] = y.squeeze(-1) if m < g else y.add_(x[i])
         counts = None if valid is None else per_sequence(valid, batch, heads)
         gates = Gates.of(made["eta"], made.get("alpha"), bias_eta, bias_alpha, counts, rule)
-        (k, k_factor), (q, q_factor) = (
-            unit(made[name]) if name in names else (made[name], None) for name in ("k", "q")
-        )
-        v, v_factor = unit(made["v"]) if rule.normalize_v else (made["v"], None)
+        (k, k_factor), (q, q_factor), (v, v_factor) = units(made, names, rule)
         c = k.shape[1]
 
         # Keys and values go through the same weights: one product for both.
@@ -296,19 +302,9 @@ class MLPSegment(torch.autograd.Function):
         # Generation.
         counts = None if valid is None else per_sequence(valid, batch, heads)
         d_raw_eta, d_raw_alpha = gates.adjoint(d_eta, d_log_alpha, counts, rule)
-        d_made = {
-            "eta": d_raw_eta,
-            "alpha": d_raw_alpha,
-            "k": d_k if k_factor is None else unit_adjoint(k, k_factor, d_k),
-            "q": d_q if q_factor is None else unit_adjoint(q, q_factor, d_q),
-            "v": d_v if v_factor is None else unit_adjoint(v, v_factor, d_v),
-        }
-        d_inputs: list[Tensor | None] = [None] * len(x)
-
-        def add(i: int, d_x: Tensor) -> None:
-            found = d_inputs[i]
-            d_inputs[i] = d_x if found is None else found + d_x
-
+        used = (k, k_factor), (q, q_factor), (v, v_factor)
+        d_made = {"eta": d_raw_eta, "alpha": d_raw_alpha} | units_adjoint(used, (d_k, d_q, d_v))
+        d_inputs = Sums(len(x))
         for number, (i, group) in enumerate(plan.groups):
             z, h = generated[2 * number : 2 * number + 2]
             d_hidden = []
@@ -317,14 +313,14 @@ class MLPSegment(torch.autograd.Function):
                 d_hidden.append(torch.bmm(d_name, w1[m]))
                 d_w1[m].baddbmm_(d_name.mT, part(h, j))
                 if m >= g:
-                    add(i, d_name)
+                    d_inputs.add(i, d_name)
             d_z = silu_adjoint(torch.cat(d_hidden, -1), z)
             block = slice(group[0] * width, (group[-1] + 1) * width)
-            add(i, torch.bmm(d_z, a2[:, block]))
+            d_inputs.add(i, torch.bmm(d_z, a2[:, block]))
             d_a2[:, block] += torch.bmm(d_z.mT, x[i])
         for name, i in plan.source.items():
             if name not in names:
-                add(i, d_made[name])
+                d_inputs.add(i, d_made[name])
         over_batch = lambda t: t.unflatten(0, (batch, heads)).sum(0)  # noqa: E731
         split = lambda t: t.unflatten(0, (batch, heads))  # noqa: E731
         return (
@@ -340,7 +336,7 @@ class MLPSegment(torch.autograd.Function):
             None if d_share is None else over_batch(d_share.sum(-1)),
             None if d_base1 is None else over_batch(d_base1),
             None if d_base2 is None else over_batch(d_base2),
-            *(None if t is None else split(t) for t in d_inputs),
+            *(None if t is None else split(t) for t in d_inputs.found),
         )
 
 
