@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from importlib import import_module
@@ -14,6 +13,7 @@ import typer
 
 from nestlearn.convert import commands as conversion
 from nestlearn.errors import UserError, nearest
+from nestlearn.json_option import Json, print_json
 from nestlearn.learner import commands as learning
 from nestlearn.learner.store.commands import app as memory
 
@@ -28,8 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(memory, name="memory")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 @app.callback()
@@ -89,7 +87,7 @@ def train(
         print(str(stop) or f"interrupted before the first step: {kept}", file=sys.stderr)
         raise SystemExit(130) from stop
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         _print_result(result)
 
@@ -155,7 +153,7 @@ def evaluate(
     length = context if context is not None else loaded.config.max_position_embeddings
     result = evaluate_text(loaded, tokenizer, documents, context_length=length, stride=stride, carry_state=carry_state)
     if as_json:
-        _print_json({"model": str(model), "data": data, "split": split, **result})
+        print_json({"model": str(model), "data": data, "split": split, **result})
         return
     print(f"perplexity     {result['perplexity']:.4f}")
     print(f"bits per byte  {result['bits_per_byte']:.4f}")
@@ -170,7 +168,7 @@ def _evaluate_suite(
 
     result = _run_suite(EVALUATIONS, "eval", suite, scale, data, only, out, workers)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         print(f"report: {result['report']}\n        {result['html']}")
 
@@ -235,7 +233,7 @@ def generate(
         on_text=None if as_json else show,
     )
     if as_json:
-        _print_json({"model": str(model), "prompt": given, "text": text})
+        print_json({"model": str(model), "prompt": given, "text": text})
     else:
         show("\n")
 
@@ -303,7 +301,7 @@ def bench(
 
     result = _run_suite(SUITES, "bench", suite, scale, data, only, out, workers)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         print(Path(result["report"]).read_text(encoding="utf-8"))
         print(f"report: {result['report']}")
@@ -342,10 +340,6 @@ def _read_stdin() -> str:
         raise UserError(f"standard input is not UTF-8 text (byte {error.start}): convert it") from error
     except OSError as error:
         raise UserError(f"cannot read standard input ({error.strerror}): pipe the text in") from error
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, allow_nan=False))
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from nestlearn.errors import UserError
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+from nestlearn.json_option import Json
 
 
 def pull(

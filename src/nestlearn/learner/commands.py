@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestlearn.errors import UserError
+from nestlearn.json_option import Json
 
 if TYPE_CHECKING:
     from nestlearn.learner.learner import ContinualLearner
@@ -24,7 +25,6 @@ AUTOSAVE = 16384
 Model = Annotated[str, typer.Argument(help="smollm2, a folder of save_pretrained or of nestlearn convert.")]
 StoreFolder = Annotated[Path, typer.Option("--store", help="The memory store: what is there is taken up again.")]
 Branch = Annotated[str, typer.Option(help="The branch of the store to go on from.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 def learn(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nestlearn.errors import UserError
+from nestlearn.json_option import Json, print_json
 
 if TYPE_CHECKING:  # the store loads torch, and --help must not
     from rich.table import Table
@@ -26,7 +26,6 @@ Ref = Annotated[str, typer.Argument(help=REF, metavar="REF")]
 RefA = Annotated[str, typer.Argument(help=REF, metavar="A")]
 RefB = Annotated[str, typer.Argument(help="The same.", metavar="B")]
 Branch = Annotated[str, typer.Option(help="The branch that head means, and that moves.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 @app.command()
@@ -38,7 +37,7 @@ def log(store: Folder, ref: Ref = "head", branch: Branch = "main", as_json: Json
     opened = _open(store, branch)
     found, branches = opened.log(ref), opened.branches
     if as_json:
-        _print_json({"snapshots": [snapshot.to_dict() for snapshot in found], "branches": branches})
+        print_json({"snapshots": [snapshot.to_dict() for snapshot in found], "branches": branches})
         return
     if not found:
         print(f"{store} holds no snapshot yet")
@@ -63,7 +62,7 @@ def show(store: Folder, ref: Ref = "head", branch: Branch = "main", as_json: Jso
     """
     snapshot = _open(store, branch).get(ref)
     if as_json:
-        _print_json(snapshot.to_dict())
+        print_json(snapshot.to_dict())
         return
     table = _table("level", "numbers", "MB", "sha256 of its file", right={1, 2})
     for name, level in sorted(snapshot.levels.items()):
@@ -87,7 +86,7 @@ def diff(store: Folder, a: RefA, b: RefB, branch: Branch = "main", as_json: Json
     """
     found = _open(store, branch).diff(a, b)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
         return
     table = _table("level and largest blocks", "numbers", "moved", "of its norm", right={1, 2, 3})
     for level in found.levels:
@@ -112,7 +111,7 @@ def rollback(store: Folder, ref: Ref, branch: Branch = "main", as_json: Json = F
     before = opened.head()
     now = opened.rollback(ref)
     if as_json:
-        _print_json({"branch": opened.branch, "from": before.id if before else None, "to": now.id})
+        print_json({"branch": opened.branch, "from": before.id if before else None, "to": now.id})
         return
     back = f"; back with: nestlearn memory rollback {store} {before.short}" if before and before.id != now.id else ""
     _print(f"{opened.branch} is at {_title(now)}{back}")
@@ -131,7 +130,7 @@ def fork(
     Example: nestlearn memory fork memory/ experiment after-manual
     """
     at = _open(store, branch).fork(new, ref).get()
-    _print_json({"branch": new, "at": at.id}) if as_json else _print(f"{new} begins at {_title(at)}")
+    print_json({"branch": new, "at": at.id}) if as_json else _print(f"{new} begins at {_title(at)}")
 
 
 @app.command()
@@ -152,7 +151,7 @@ def merge(
     opened = _open(store, branch)
     made = opened.merge(a, b, weight, name=name, move=move)
     if as_json:
-        _print_json({"branch": opened.branch, **made.to_dict()})
+        print_json({"branch": opened.branch, **made.to_dict()})
     else:
         _print(f"{opened.branch} is at {_title(made)}, made of {' and '.join(x[:12] for x in made.parents)}")
 
@@ -168,7 +167,7 @@ def drop(
     Example: nestlearn memory drop memory/ experiment
     """
     _open(store, None).drop(name)
-    _print_json({"dropped": name}) if as_json else _print(f"dropped {name}")
+    print_json({"dropped": name}) if as_json else _print(f"dropped {name}")
 
 
 @app.command()
@@ -179,7 +178,7 @@ def gc(store: Folder, as_json: Json = False) -> None:
     """
     removed = _open(store, None).gc()
     if as_json:
-        _print_json(vars(removed))
+        print_json(vars(removed))
     else:
         size = f"{removed.bytes / 1e6:,.1f} MB"
         _print(f"removed {removed.snapshots:,} snapshots and {removed.objects:,} objects: {size}")
@@ -193,7 +192,7 @@ def verify(store: Folder, as_json: Json = False) -> None:
     """
     report = _open(store, None).verify()
     if as_json:
-        _print_json(vars(report))
+        print_json(vars(report))
     else:
         loose = f" ({report.unreachable:,} for gc)" if report.unreachable else ""
         size = f"{report.bytes / 1e6:,.1f} MB"
@@ -264,7 +263,3 @@ def _print(*parts: Any) -> None:
             console.print(part, markup=False, soft_wrap=True)
         else:
             console.print(part)
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, allow_nan=False))
