@@ -65,6 +65,16 @@ def test_a_long_stream_has_a_state_of_one_size(result: dict) -> None:
     assert all(point["finite"] and point["largest"] < 100 for point in points)
 
 
+def test_what_a_block_keeps_is_counted_once_and_grows_with_the_sequence(result: dict) -> None:
+    kept = result["experiments"]["memory"]["cells"]["memory-kept"]
+    assert kept["lengths"] == [32, 64]
+    for row in kept["rows"]:
+        short, long = row["bytes"]
+        assert 32 * 16 * 4 < short < long < 4 * short  # the input itself at least
+    linear = kept["rows"][1]
+    assert linear["states"] == 64 * 2 * (3 * 8 + 2) * 8 * 4  # (3 w + 2, w) float32 of each of two heads
+
+
 def test_a_finished_folder_is_reported_and_not_timed_again(result: dict, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr("nestlearn.tasks.speed.timing.in_turns", None)
     again = run(["block", "muon"], "smoke", None, folder, workers=1)

@@ -75,6 +75,11 @@ MEMORY = {
     "cpu": [("tiny", seq) for seq in (512, 2048, 8192)],
     "full": [("tiny", seq) for seq in (512, 2048, 8192, 32_768)] + [("25m", seq) for seq in (512, 2048, 8192)],
 }
+KEPT = {
+    "smoke": dict(dim=16, chunk=16, heads=[2], lengths=[32, 64]),
+    "cpu": dict(dim=256, chunk=64, heads=[4, 1], lengths=[512, 1024, 2048, 4096]),
+    "full": dict(dim=256, chunk=64, heads=[4, 1], lengths=[512, 1024, 2048, 4096, 8192]),
+}
 MUON = {"smoke": dict(layers=1, width=16), "cpu": dict(layers=6, width=512), "full": dict(layers=12, width=768)}
 
 
@@ -114,8 +119,9 @@ def _models(label: str, function: Any, works: list[tuple[str, int]], arguments: 
 
 def _memory(scale: str) -> list[Cell]:
     names = {HOPE: "hope", LLAMA: "llama"}
-    return [
+    peaks = [
         Cell(f"memory-{size}-{short}-{seq}", memory.peak, {"size": size, "model": name, "seq": seq})
         for size, seq in MEMORY[scale]
         for name, short in names.items()
     ]
+    return [*peaks, Cell("memory-kept", memory.kept, KEPT[scale])]

@@ -18,7 +18,7 @@ TITLES = {
     "prefill": "Reading a prompt",
     "decode": "Token by token, at growing contexts",
     "stream": "A long stream",
-    "memory": "Peak memory of forward and backward",
+    "memory": "Memory of forward and backward",
     "muon": "A step of Muon",
 }
 HEAD = (
@@ -95,7 +95,7 @@ def stream(found: Found) -> Iterator[str]:
 
 
 def memory(found: Found) -> Iterator[str]:
-    cells = {tuple(name.split("-")[1:]): cell for name, cell in found.items()}
+    cells = {tuple(name.split("-")[1:]): cell for name, cell in found.items() if name != "memory-kept"}
     kinds = sorted({(size, model) for size, model, _ in cells})
     lengths = sorted({int(length) for *_, length in cells})
     texts = [
@@ -104,6 +104,11 @@ def memory(found: Found) -> Iterator[str]:
     ]
     yield "MB above a process that has made a short step; each in a process of its own.\n"
     yield table(["model", *(f"{length:,} tokens" for length in lengths)], texts)
+    if "memory-kept" in found:
+        yield "One block: MB that the graph holds between forward and backward pass.\n"
+        kept = found["memory-kept"]
+        header = ["block", *(f"{length:,} tokens" for length in kept["lengths"]), "a state for each of these"]
+        yield table(header, [[r["name"], *(f"{n / 1e6:,.1f}" for n in (*r["bytes"], r["states"]))] for r in kept["rows"]])
 
 
 def muon(found: Found) -> Iterator[str]:
