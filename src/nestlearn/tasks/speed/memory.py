@@ -18,8 +18,8 @@ STATUS = Path("/proc/self/status")
 
 
 def peak(size: str, model: str, seq: int) -> dict[str, Any]:
-    """A cell, in a process of its own: the most memory, in bytes, that forward and backward of one sequence add to a process that has already
-    made a short step; ``model`` is a name of `nestlearn.tasks.speed.model.pair`.
+    """A cell, in a process of its own: the most memory, in bytes, that forward and backward of one sequence add to it
+    after a short step; ``model`` is a name of `nestlearn.tasks.speed.model.pair`.
 
     Returns ``bytes``, or ``not_run`` with the reason.
     """

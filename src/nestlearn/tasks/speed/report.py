@@ -108,7 +108,8 @@ def memory(found: Found) -> Iterator[str]:
         yield "One block: MB that the graph holds between forward and backward pass.\n"
         kept = found["memory-kept"]
         header = ["block", *(f"{length:,} tokens" for length in kept["lengths"]), "a state for each of these"]
-        yield table(header, [[r["name"], *(f"{n / 1e6:,.1f}" for n in (*r["bytes"], r["states"]))] for r in kept["rows"]])
+        rows = [(row["name"], *row["bytes"], row["states"]) for row in kept["rows"]]
+        yield table(header, [[name, *(f"{size / 1e6:,.1f}" for size in sizes)] for name, *sizes in rows])
 
 
 def muon(found: Found) -> Iterator[str]:
