@@ -17,7 +17,7 @@ from nestlearn.ops import GATES, MEMORY, Start, WriteRule
 # Where the sigmoids of a head start: 1 - 1e-6 retained, 1e-6 written or erased, all but everything erased. A share of
 # 1e-4 erased with every token is too much: after 300 tokens a count of 100 is wrong by several.
 ALWAYS, NEVER, FULLY = 14.0, -14.0, 5.0
-TURN = 3.0  # of a step size: with the stretch exactly 2, by which a write turns the sign along its key
+TURN = 2.3  # of a step size: with the stretch just below where it is cut, at 2, which turns the sign along the key
 STRETCH = 0.1  # of the step sizes of a layer with heads that count, so that they reach 0 and 2
 
 
@@ -49,9 +49,9 @@ class SelfReferentialTitans(MemoryMixer):
         retained: initial retained fractions alpha per token of the first and the last head, spaced evenly in
             the logarithm of the memory's lifetime; heads that accumulate start at 1 - 1e-6.
         accumulators: the last so many heads start as accumulators: they keep what they are given, erase nothing and
-            leave their projections as they are; the head before them starts with steps of ``eta_max``, which all of
-            the layer's heads can then reach. They can count and sum, which a memory that erases cannot, and cost a
-            language model some of its quality (`docs/results.md`). Of linear memories only.
+            leave their projections as they are; they and the head before them start with steps of ``eta_max``, which
+            all of the layer's heads can then reach. They can count and sum, which a memory that erases cannot, and cost
+            a language model some of its quality (`docs/results.md`). Of linear memories only.
         gate: whether a static sigmoid gate multiplies the output.
         objective: ``"dot"``, ``"l2"`` or an Lp one such as ``"l3"``; None means what held up by measurement, dot for
             linear memories and l2 for MLP memories.
@@ -171,9 +171,10 @@ class SelfReferentialTitans(MemoryMixer):
             self.bias["alpha"][:modifying] = lifetime_bias(self.retained, modifying)
             self.bias["alpha"][modifying:] = ALWAYS
         nn.init.zeros_(self.bias["eta"])
-        if 0 < self.accumulators < self.heads:
-            # Beside heads that count, one that alternates: else a period is told from counts, as far as was trained.
-            self.bias["eta"][self.heads - self.accumulators - 1] = TURN
+        if self.accumulators:
+            # All that count take the same step at every token, and beside them one head alternates: else a period is
+            # told from counts, as far as was trained.
+            self.bias["eta"][max(self.heads - self.accumulators - 1, 0) :] = TURN
         for scale in self.write_scale.values():
             assert self.initial_write_scale is not None
             nn.init.constant_(scale, math.log(self.initial_write_scale / (1 - self.initial_write_scale)))
