@@ -135,7 +135,8 @@ def test_an_accumulator_counts_where_an_erasing_head_forgets() -> None:
     titans = layer(heads=1, accumulators=1, conv_size=1, chunk_size=16, gate=False)
     titans.bias["alpha"].fill_(40.0)
     titans.erase.fill_(-40.0)
-    titans.start["eta"][0].zero_()  # steps of 1
+    titans.start["eta"][0].zero_()
+    titans.bias["eta"].zero_()  # steps of 1
     for scale in titans.write_scale.values():
         scale.fill_(-40.0)
     d = titans.width
