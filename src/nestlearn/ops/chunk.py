@@ -82,18 +82,31 @@ def self_modify(
         Outputs (B, H, T, d) and the state after the last token. Both are differentiable in everything.
 
     Raises:
-        UserError: the state belongs to another batch size or another core.
+        UserError: the state belongs to another batch size or another core, or ``NESTLEARN_OPS`` asks for an
+            implementation that does not cover the rule.
     """
-    if backend() == "reference":
-        return by_reference(inputs, start, rule, kernel_for(start, rule), state, lengths)
+    name, kernel = backend(), kernel_for(start, rule)
+    if name == "reference":
+        return by_reference(inputs, start, rule, kernel, state, lengths)
+    batch = inputs["q"].shape[0]
+    if state is None:
+        state = _begin(kernel, kernel.pack(), rule, batch)
+    else:
+        _check_state(state, kernel, kernel.pack(), batch)
+    if name == "triton":
+        from nestlearn.ops.triton.linear import by_kernels  # here, as Triton is not installed everywhere
+
+        return by_kernels(inputs, kernel, state, lengths, by_chunks)
+    return by_chunks(inputs, kernel, state, lengths)
+
+
+def by_chunks(
+    inputs: Mapping[str, Tensor], kernel: LinearKernel | MLPKernel, state: CoreState, lengths: Tensor | None
+) -> tuple[Tensor, CoreState]:
+    """:func:`self_modify` in PyTorch, from a state."""
+    start, rule, learned = kernel.start, kernel.rule, kernel.pack()
     x = inputs["q"]
     batch, _, tokens, _ = x.shape
-    kernel = kernel_for(start, rule)
-    learned = kernel.pack()
-    if state is None:
-        state = _begin(kernel, learned, rule, batch)
-    else:
-        _check_state(state, kernel, learned, batch)
     base = tuple(w.unsqueeze(0) if rule.retention == "start" else torch.zeros_like(w).unsqueeze(0) for w in learned)
     current, anchor, momentum = state.current, state.anchor, state.momentum
     weights: tuple[Tensor, ...] = ()
