@@ -30,8 +30,8 @@ SWITCHES = [
     {"chunk_size_other": 2},
     {"conv_size": 1, "gate": False},
     {"accumulators": 0},
-    {"accumulators": 2, "momentum": True},
-    {"accumulators": 1, "delta": False},
+    {"heads": 4, "accumulators": 2, "momentum": True},
+    {"heads": 4, "accumulators": 2, "delta": False},
 ]
 
 

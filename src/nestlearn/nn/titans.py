@@ -17,7 +17,7 @@ from nestlearn.ops import GATES, MEMORY, Start, WriteRule
 # Where the sigmoids of a head start: 1 - 1e-6 retained, 1e-6 written or erased, all but everything erased. A share of
 # 1e-4 erased with every token is too much: after 300 tokens a count of 100 is wrong by several.
 ALWAYS, NEVER, FULLY = 14.0, -14.0, 5.0
-TURN = 2.3  # of a step size: with the stretch just below where it is cut, at 2, which turns the sign along the key
+TURN = 3.0  # of a step size: with the stretch exactly 2, which turns the sign along the key
 STRETCH = 0.1  # of the step sizes of a layer with heads that count, so that they reach 0 and 2
 
 
