@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,15 @@ def test_a_refused_run_leaves_no_folder(
     with pytest.raises(UserError, match=message) as caught:
         train(recipe.replace("train", tokens=10**7).replace(section, **values), tmp_path / "run")
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_training_needs_is_asked_for_before_anything_is_written(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(UserError, match=r"training needs accelerate: pip install 'nestlearn\[train\]'"):
+        train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nestlearn.data import text_files
 from nestlearn.data.stdlib_corpus import stdlib_documents
-from nestlearn.errors import UserError, nearest
+from nestlearn.errors import UserError, nearest, require_extra
 
 HELD_OUT_PERCENT = 5
 SOURCE_KEYWORDS = ("stdlib", "hf")
@@ -230,7 +230,7 @@ def _folder_files(folder: Path) -> tuple[list[Path], int]:
 
 
 def _hub_corpus(source: str) -> Corpus:
-    datasets = text_files.require_extra("datasets", "hf:NAME")
+    datasets = require_extra("datasets", "hf:NAME")
     name, _, config = source.removeprefix("hf:").partition(":")
     if not name:
         raise UserError(f"{source!r} names no data set: write hf:NAME[:CONFIG]")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nestlearn.data.text_files import find_path, readable, require_extra
-from nestlearn.errors import UserError, nearest
+from nestlearn.data.text_files import find_path, readable
+from nestlearn.errors import UserError, nearest, require_extra
 
 CLASSES = 10
 MNIST = tuple(f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import codecs
 import difflib
-import importlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nestlearn.errors import UserError
+from nestlearn.errors import UserError, require_extra
 
 PIECE_BYTES = 1 << 18
 COLUMN = "text"
@@ -176,12 +175,3 @@ def require_text(value: Any, where: str) -> str:
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         raise UserError(f"{where}: '{COLUMN}' holds a lone surrogate, which is no character: remove it") from None
     return text
-
-
-def require_extra(module: str, purpose: str) -> Any:
-    """Import a module of the extra ``train``, or say which extra to install."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        package = module.partition(".")[0]
-        raise UserError(f"{purpose} needs {package}: pip install 'nestlearn[train]'") from None

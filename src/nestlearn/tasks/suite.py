@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nestlearn.errors import UserError, nearest
+from nestlearn.errors import UserError, nearest, require_extra
 from nestlearn.files import read_json, write_json
 
 SCALES = ("smoke", "cpu", "gpu")
@@ -72,8 +72,6 @@ def run_suite(
     if workers < 1:
         raise UserError(f"--workers is the number of processes, 1 or more, got {workers}")
     chosen = [name for name in suite.tasks if name in only or not only]
-
-    from nestlearn.data.text_files import require_extra
 
     require_extra("matplotlib", "the report")  # before anything long
     if scale == "gpu":

@@ -34,7 +34,7 @@ from nestlearn.data import (
     load_tokenizer,
     pack,
 )
-from nestlearn.errors import UserError
+from nestlearn.errors import UserError, require_extra
 from nestlearn.files import make_readable, read_json, sync_file, write_atomic, write_json
 from nestlearn.train.baseline import matching_config
 from nestlearn.train.callbacks import Interrupt, Metrics, Progress, Throughput, read_metrics
@@ -91,6 +91,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training in several processes is not supported yet: start it without torchrun")
+    require_extra("accelerate", "training")  # the Trainer of transformers does
+    require_extra("matplotlib", "the plot of a run")
     try:
         _check_folder(out, resume)
         recipe = resolve(recipe)

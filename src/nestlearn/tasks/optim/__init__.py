@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.errors import UserError, nearest
+from nestlearn.errors import UserError, nearest, require_extra
 from nestlearn.files import write_json
 
 EXPERIMENTS = ("curvature", "orthogonal", "vision", "language", "step-time")
@@ -46,8 +46,6 @@ def run(only: Sequence[str], scale: str, data: str | None, out: Path, workers: i
     if workers < 1:
         raise UserError(f"--workers is the number of processes, 1 or more, got {workers}")
     chosen = [name for name in EXPERIMENTS if name in only or not only]
-
-    from nestlearn.data.text_files import require_extra
 
     require_extra("matplotlib", "the report")  # before anything long
     from nestlearn.tasks.optim import report
