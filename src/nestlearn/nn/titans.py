@@ -49,9 +49,9 @@ class SelfReferentialTitans(MemoryMixer):
         retained: initial retained fractions alpha per token of the first and the last head, spaced evenly in
             the logarithm of the memory's lifetime; heads that accumulate start at 1 - 1e-6.
         accumulators: the last so many heads start as accumulators: they keep what they are given, erase nothing and
-            leave their projections as they are; they and the head before them start with steps of ``eta_max``, which
-            all of the layer's heads can then reach. They can count and sum, which a memory that erases cannot, and cost
-            a language model some of its quality (`docs/results.md`). Of linear memories only.
+            leave their projections as they are; the head before them starts with steps of ``eta_max``, which all of
+            the layer's heads can then reach. They can count and sum, which a memory that erases cannot, and cost a
+            language model some of its quality (`docs/results.md`). Of linear memories only.
         gate: whether a static sigmoid gate multiplies the output.
         objective: ``"dot"``, ``"l2"`` or an Lp one such as ``"l3"``; None means what held up by measurement, dot for
             linear memories and l2 for MLP memories.
@@ -171,10 +171,9 @@ class SelfReferentialTitans(MemoryMixer):
             self.bias["alpha"][:modifying] = lifetime_bias(self.retained, modifying)
             self.bias["alpha"][modifying:] = ALWAYS
         nn.init.zeros_(self.bias["eta"])
-        if self.accumulators:
-            # All that count take the same step at every token, and beside them one head alternates: else a period is
-            # told from counts, as far as was trained.
-            self.bias["eta"][max(self.heads - self.accumulators - 1, 0) :] = TURN
+        if 0 < self.accumulators < self.heads:
+            # Beside heads that count, one that alternates: else a period is told from counts, as far as was trained.
+            self.bias["eta"][self.heads - self.accumulators - 1] = TURN
         for scale in self.write_scale.values():
             assert self.initial_write_scale is not None
             nn.init.constant_(scale, math.log(self.initial_write_scale / (1 - self.initial_write_scale)))
