@@ -1,7 +1,7 @@
 """Which implementation of the core runs: the environment variable ``NESTLEARN_OPS``.
 
-``torch``, the default, is the chunk-parallel form; ``reference`` the token-by-token oracle, in place of it in any
-model; ``triton`` the kernels for a GPU.
+``torch``, the default on every device, is the chunk-parallel form; ``reference`` the token-by-token oracle, in place of
+it in any model; ``triton`` the kernels for a GPU, on which they have never run: they are not chosen unasked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def backend() -> str:
     """The implementation that ``NESTLEARN_OPS`` asks for.
 
     Raises:
-        UserError: another value, or Triton where it or its kernels are not installed.
+        UserError: another value, or Triton where it is not installed.
 
     >>> backend() in BACKENDS
     True
@@ -39,10 +39,8 @@ def backend() -> str:
     name = os.environ.get(VARIABLE, "torch")
     if name not in BACKENDS:
         raise UserError(f"unknown {VARIABLE}={name!r}: {nearest(name, BACKENDS)}")
-    if name == "triton" and not all(importlib.util.find_spec(m) for m in ("triton", "nestlearn.ops.triton")):
-        raise UserError(
-            f"{VARIABLE}=triton needs the triton package and the kernels in nestlearn.ops.triton: or take 'torch'"
-        )
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise UserError(f"{VARIABLE}=triton needs the triton package (pip install triton): or take 'torch'")
     return name
 
 

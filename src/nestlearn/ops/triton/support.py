@@ -1,0 +1,66 @@
+"""What the kernels can do, said before they are asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nestlearn.ops.rule import MEMORY, Start, WriteRule
+
+MEMORIES = ("eta", "alpha", "k", "v", MEMORY)
+"""The memories of the kernels, in packing order; the query is given."""
+SWITCHES = {
+    "update": "dgd",
+    "objective": "dot",
+    "read": "inclusive",
+    "retention": "start",
+    "delta": True,
+    "decay": True,
+    "self_values": True,
+    "bounded": True,
+    "normalize_v": True,
+    "clip_values": True,
+}
+WIDEST, LONGEST = 128, 64
+"""Channels of a head and tokens of a chunk that fit a tile."""
+
+
+def unsupported(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> str | None:
+    """The first thing asked for that the kernels do not do, in a sentence; None if they do all of it.
+
+    They do the linear memories of :class:`nestlearn.nn.SelfReferentialTitans` at its default switches, with any step
+    sizes, write scales and norm limit, and heads that accumulate; inputs in float32 or bfloat16, the start in float32.
+    Everything else is the chunk form's, ``NESTLEARN_OPS=torch``.
+
+    >>> start = Start({"memory": (torch.zeros(1, 4, 4),)}, {"eta": torch.zeros(1)})
+    >>> unsupported({}, start, WriteRule(objective="l2"))
+    "objective='l2' is not supported, only objective='dot'"
+    """
+    for name, value in SWITCHES.items():
+        if getattr(rule, name) != value:
+            return f"{name}={getattr(rule, name)!r} is not supported, only {name}={value!r}"
+    if rule.norm_limit is None:
+        return "norm_limit=None is not supported, only a number"
+    if rule.other != rule.chunk_size:
+        return f"chunk_size_other={rule.other} is not supported, only that of the main memory, {rule.chunk_size}"
+    if rule.chunk_size > LONGEST:
+        return f"chunk_size={rule.chunk_size} is not supported, only up to {LONGEST} tokens"
+    if start.momentum is not None:
+        return "momentum is not supported, only an update without it"
+    if len(start.weights[MEMORY]) != 1:
+        return "memory='mlp' is not supported, only memory='linear'"
+    if start.names != MEMORIES:
+        made, known = (", ".join(names) for names in (start.names, MEMORIES))
+        return f"memories of {made} are not supported, only those of {known}"
+    width = start.weights[MEMORY][0].shape[-1]
+    if width > WIDEST:
+        return f"a head of {width} channels is not supported, only up to {WIDEST}"
+    for what, tensor, known in (
+        *((f"inputs[{name!r}]", x, (torch.float32, torch.bfloat16)) for name, x in inputs.items()),
+        *((f"the start of {name!r}", ws[0], (torch.float32,)) for name, ws in start.weights.items()),
+    ):
+        if tensor.dtype not in known:
+            return f"{what} in {tensor.dtype} is not supported, only in {' or '.join(map(str, known))}"
+    return None

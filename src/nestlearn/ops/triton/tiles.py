@@ -1,0 +1,134 @@
+"""What the forward and the backward kernel of the linear memories share: tiles, gates, tables of a segment.
+
+A tile holds C tokens or D channels, powers of two of at least 16, which is the least that a product takes; ``d``
+channels and ``chunk`` tokens of it are in use, the rest is zero. Everything is computed in float32. PRECISION is that
+of the products, as ``tl.dot`` names it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(at, d, D: tl.constexpr):
+    """d rows of d channels at a pointer, (D, D)."""
+    i = tl.arange(0, D)
+    inside = (i < d)[:, None] & (i < d)[None, :]
+    return tl.load(at + i[:, None] * d + i[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(at, rows, d, D: tl.constexpr):
+    i = tl.arange(0, D)
+    tl.store(at + i[:, None] * d + i[None, :], rows, mask=(i < d)[:, None] & (i < d)[None, :])
+
+
+@triton.jit
+def load_row(at, d, D: tl.constexpr):
+    """d channels at a pointer, (D,)."""
+    i = tl.arange(0, D)
+    return tl.load(at + i, mask=i < d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(at, row, d, D: tl.constexpr):
+    i = tl.arange(0, D)
+    tl.store(at + i, row, mask=i < d)
+
+
+@triton.jit
+def load_tokens(at, t, valid, d, D: tl.constexpr):
+    """Tokens ``t`` (C,) of a sequence at a pointer, (C, D); zero where ``valid`` says that one does not count."""
+    i = tl.arange(0, D)
+    return tl.load(at + t[:, None].to(tl.int64) * d + i[None, :], mask=valid[:, None] & (i < d)[None, :], other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def store_tokens(at, tokens, t, valid, d, D: tl.constexpr):
+    i = tl.arange(0, D)
+    tl.store(at + t[:, None].to(tl.int64) * d + i[None, :], tokens, mask=valid[:, None] & (i < d)[None, :])
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """``a b``."""
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def along(rows, vector):
+    """``rows vector``: (n, m), (m,) -> (n,)."""
+    return tl.sum(rows * vector[None, :], 1)
+
+
+@triton.jit
+def shrink(squares, most):
+    """The factor, at most 1, that brings a sum of squares down to ``most``."""
+    return tl.sqrt(most / tl.maximum(squares, most))
+
+
+@triton.jit
+def unit(x):
+    """``x / ||x||`` over channels as in ``ops.rule``, and the factor (C,)."""
+    factor = tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
+    return x * factor[:, None], factor
+
+
+@triton.jit
+def unit_adjoint(y, factor, d_y):
+    return (d_y - y * tl.sum(y * d_y, 1)[:, None]) * factor[:, None]
+
+
+@triton.jit
+def gates(raw_eta, raw_alpha, valid, eta_max, stretch):
+    """Step sizes, logarithms of retained fractions, and their derivatives by the raw gates, (C,) each."""
+    opened = tl.sigmoid(raw_eta)
+    wide = (1 + 2 * stretch) * opened - stretch
+    nan: tl.constexpr = tl.PropagateNan.ALL  # a comparison alone would make a number of it
+    small = tl.exp(-tl.abs(raw_alpha))
+    # log(1 + x), which for small x would lose what alpha lacks of 1.
+    rest = tl.where(small < 1e-2, small * (1 - small * (0.5 - small / 3)), tl.log(1 + small))
+    log_alpha = tl.maximum(tl.minimum(raw_alpha, 0.0, propagate_nan=nan) - rest, -60.0, propagate_nan=nan)
+    alpha = tl.exp(log_alpha)
+    eta = eta_max * tl.minimum(tl.maximum(wide, 0.0, propagate_nan=nan), 1.0, propagate_nan=nan) * alpha
+    slope = tl.where((wide > 0) & (wide < 1), (1 + 2 * stretch) * eta_max * opened * (1 - opened) * alpha, 0.0)
+    opening = tl.where(log_alpha > -60.0, tl.sigmoid(-raw_alpha), 0.0)
+    return (
+        tl.where(valid, eta, 0.0),
+        tl.where(valid, log_alpha, 0.0),
+        tl.where(valid, slope, 0.0),
+        tl.where(valid, opening, 0.0),
+    )
+
+
+@triton.jit
+def inverse(t, C: tl.constexpr, LEVELS: tl.constexpr):
+    """``(I + t)^-1`` for t (C, C) below its diagonal; C is 2^LEVELS.
+
+    Blocks on the diagonal are inverted in pairs, from single tokens up: the inverse of ``[[A, 0], [B, D]]`` has
+    ``-D^-1 B A^-1`` in the corner. Powers of t would cancel where a key repeats. In full precision always.
+    """
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    x = tl.where(i == j, 1.0, 0.0)
+    for level in tl.static_range(LEVELS):
+        corner = ((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) > (j >> level))
+        x -= tl.dot(x, tl.dot(tl.where(corner, t, 0.0), x, input_precision="ieee"), input_precision="ieee")
+    return x
+
+
+@triton.jit
+def tables(k, eta, log_alpha, erase, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """As ``ops.adjoint.Tables``: gamma, last, strength (C,); ratio, overlap, the inverse (C, C)."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    log_gamma = tl.cumsum(log_alpha, 0)
+    ratio = tl.where(i >= j, tl.exp(tl.minimum(log_gamma[:, None] - log_gamma[None, :], 0.0)), 0.0)
+    last = tl.exp(tl.minimum(tl.sum(log_alpha, 0) - log_gamma, 0.0))
+    strength = eta * erase * tl.exp(-log_alpha)
+    overlap = tl.where(i > j, product(k, tl.trans(k), PRECISION) * ratio, 0.0)
+    return tl.exp(log_gamma), last, strength, ratio, overlap, inverse(overlap * strength[:, None], C, LEVELS)
