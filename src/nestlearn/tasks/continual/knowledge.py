@@ -12,6 +12,7 @@ others take the same windows of the same length, and one step each.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -54,7 +55,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gpu": dict(model="smollm2", window=512, tokens=131072, held_out=8192, questions=200, items=1000, chats=200)
     | dict(windows=64, rank=64),
 }
-RATES = {"smoke": (1e-3, 3e-3), "cpu": (1e-4, 3e-4, 1e-3), "gpu": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)}
+RATES = {"smoke": (1e-3, 3e-3), "cpu": (3e-5, 1e-4, 3e-4, 1e-3), "gpu": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)}
 SEEDS = {"smoke": (0,), "cpu": (0,), "gpu": (0, 1, 2)}
 STRENGTH = 1.0  # of EWC
 PROSE = 8  # windows of WikiText-2's training text that EWC takes the importance of weights from before it learns
@@ -129,7 +130,8 @@ def read_stream(
 
     Args:
         method: of `make_rule`, or "none".
-        lr: of every level of Hope alike, or of the optimizer.
+        lr: of the fastest level of Hope (the others' grow with the root of the period, as `nestlearn.convert.config.default_rate` does), or
+            of the optimizer.
         seed: draws the texts and the questions.
         data: the folder of real data.
         model: "tiny", or what `nestlearn.convert.pretrained.model_folder` takes.
@@ -170,7 +172,7 @@ def read_stream(
 
 
 def _convert(network: PreTrainedModel, levels: int, window: int, lr: float) -> ContinualModel:
-    given = [{"period": window * periods, "lr": lr, "clip": CLIP} for periods in PERIODS[:levels]]
+    given = [{"period": window * n, "lr": lr * math.sqrt(n), "clip": CLIP} for n in PERIODS[:levels]]
     return convert(network, LevelsConfig.from_dict({"levels": given, "layers": "late"}))
 
 
