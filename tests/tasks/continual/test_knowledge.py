@@ -101,7 +101,8 @@ DOMAINS = ("grammar", "code", "intents", "teanu")
 
 def test_one_level_of_hope_reads_as_fine_tuning_does(data: str) -> None:
     recipe = RECIPES["smoke"] | dict(tokens=128, held_out=64, questions=1, lr=1e-3, seed=0, data=data)
-    hope, plain = (read_stream(**METHODS[name], **recipe) for name in ("hope, 1 level", "fine-tuning, same blocks"))
+    hope = read_stream(method="hope", levels=1, **recipe)
+    plain = read_stream(**METHODS["fine-tuning, same blocks"], **recipe)
     assert hope["held_out"] == pytest.approx(plain["held_out"], abs=2e-3)
     assert hope["parameters"] == plain["parameters"]
 
