@@ -104,10 +104,11 @@ def test_weights_of_several_rows_are_no_one_model(tmp_path: Path) -> None:
 def test_the_command(base: Path, tmp_path: Path) -> None:
     run, out = CliRunner(), tmp_path / "learner"
     options = ["--kind", "split", "--layers", "1,3", "--periods", "4,16", "--lr", "1e-3,1e-4", "--rule", "sgd"]
+    options += ["--clip", "2", "--retention", "0.5,0.1", "--budget", "0.3"]
     done = run.invoke(app, ["convert", str(base), "--out", str(out), *options, "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    levels = (Level(4, 1e-3, "sgd"), Level(16, 1e-4, "sgd"))
+    levels = (Level(4, 1e-3, "sgd", 2.0, 0.5, 0.3), Level(16, 1e-4, "sgd", 2.0, 0.1, 0.3))
     assert LevelsConfig.from_dict(said["config"]) == LevelsConfig("split", levels, layers=[1, 3])
     assert [row["layers"] for row in said["levels"]] == [[1, 3], [1, 3]]
     assert ContinualModel.from_pretrained(out).config_levels == LevelsConfig("split", levels, layers=[1, 3])
@@ -118,6 +119,8 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     for arguments, says in [
         ([str(base), "--out", str(out)], "holds a converted model already"),
         ([str(base), "--out", str(tmp_path / "x"), "--lr", "1,2"], "--lr has 2 numbers for 3 levels"),
+        ([str(base), "--out", str(tmp_path / "x"), "--budget", "a"], "--budget 'a': give numbers"),
+        ([str(base), "--out", str(tmp_path / "x"), "--retention", "2"], "retention=2.0 of a level: give a share"),
         ([str(base), "--out", str(tmp_path / "x"), "--periods", "4,b"], "--periods '4,b': give whole numbers"),
         ([str(base), "--out", str(tmp_path / "x"), "--layers", "early"], "--layers 'early'"),
         ([str(tmp_path / "y"), "--out", str(tmp_path / "x")], "no model folder"),

@@ -53,6 +53,18 @@ def convert(
         ),
     ] = None,
     rule: Annotated[str, typer.Option(help="adamw, sgd, m3 or delta-momentum.")] = "adamw",
+    clip: Annotated[
+        str, typer.Option(help="The largest norm of a level's gradient; longer ones are shortened.", metavar="X[,X]")
+    ] = "1",
+    retention: Annotated[
+        str, typer.Option(help="Share of the way back to the pretrained weights, each update.", metavar="X[,X]")
+    ] = "0",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="How far a level may move, relative to its pretrained norm; by default any way.", metavar="X[,X]"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn a pretrained model into levels that can learn.
@@ -70,13 +82,16 @@ def convert(
     if (out / LEVELS).exists():
         raise UserError(f"{out} holds a converted model already: give another --out, or remove it")
     chunks = _numbers("--periods", periods, int)
-    rates = [default_rate(max(period, 1)) for period in chunks] if lr is None else _numbers("--lr", lr, float)
-    if len(rates) not in (1, len(chunks)):
-        raise UserError(f"--lr has {len(rates)} numbers for {len(chunks)} levels: give one, or one for each")
-    rates = rates * len(chunks) if len(rates) == 1 else rates
+    count = len(chunks)
+    rates = [default_rate(max(period, 1)) for period in chunks] if lr is None else _each("--lr", lr, count)
+    clips, retentions = _each("--clip", clip, count), _each("--retention", retention, count)
+    budgets = [None] * count if budget is None else _each("--budget", budget, count)
     config = LevelsConfig(
         kind=kind,
-        levels=tuple(Level(period, rate, rule) for period, rate in zip(chunks, rates, strict=True)),
+        levels=tuple(
+            Level(period, rate, rule, longest, share, most)
+            for period, rate, longest, share, most in zip(chunks, rates, clips, retentions, budgets, strict=True)
+        ),
         layers=layers if layers in ("late", "all") else tuple(_numbers("--layers", layers, int)),
     )
     logging.disable_progress_bar()
@@ -97,6 +112,14 @@ def convert(
         print(json.dumps({"model": model, "folder": str(out), "config": config.to_dict(), "levels": rows}))
     else:
         _print(rows, out)
+
+
+def _each(option: str, text: str, levels: int) -> list[float]:
+    """A number for every level, from one for all or one for each."""
+    given = _numbers(option, text, float)
+    if len(given) not in (1, levels):
+        raise UserError(f"{option} has {len(given)} numbers for {levels} levels: give one, or one for each")
+    return given * levels if len(given) == 1 else given
 
 
 def _numbers(option: str, text: str, kind: type) -> list[Any]:
