@@ -17,6 +17,7 @@ from nestlearn.ops.triton.support import MEMORIES
 
 pytest.importorskip("triton", reason="needs Triton: pip install -e '.[oracles]'")
 linear = pytest.importorskip("nestlearn.ops.triton.linear")
+OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
 if not linear.INTERPRETED:
     pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1 before it is imported", allow_module_level=True)
 
@@ -281,3 +282,17 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(linear, "INTERPRETED", False)
     with pytest.raises(UserError, match="does not run on 'cpu' here: it takes CUDA"):
         self_modify(make_inputs(1, 2, 3, 4, torch.float32), make(2, 4, torch.float32), WriteRule())
+
+
+def test_tiles_that_do_not_fit_a_device_are_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        """A kernel on a device with too little memory."""
+
+        def __getitem__(self, grid: tuple[int]) -> None:
+            raise OutOfResources(409_600, 232_448, "shared memory")
+
+    monkeypatch.setenv("NESTLEARN_OPS", "triton")
+    monkeypatch.setattr(linear, "linear_forward", Small())
+    layer = SelfReferentialTitans(dim=32, heads=2, chunk_size=16)
+    with pytest.raises(UserError, match=r"16 tokens by 16 channels does not fit .*409600 needed, 232448 there"):
+        layer(torch.zeros(1, 4, 32))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from nestlearn.errors import UserError
 from nestlearn.ops.adjoint import second_order, write_scales
@@ -121,8 +122,9 @@ class LinearSequence(torch.autograd.Function):
         kept = base.new_empty(*q.shape[:2], most if keep else 0, *base.shape[1:])
         ends = base.new_empty(*q.shape[:2], *base.shape[1:]), base.new_empty(*q.shape[:2], *base.shape[1:])
         *inputs, current, anchor = _dense(given)
-        grid = (q.shape[0] * q.shape[1],)
-        linear_forward[grid](*inputs, *read, current, anchor, y, kept, *ends, *numbers, KEEP=keep, **tiles)
+        programs = q.shape[0] * q.shape[1]
+        outputs = y, kept, *ends
+        _launch(linear_forward, programs, *inputs, *read, current, anchor, *outputs, *numbers, KEEP=keep, **tiles)
         ctx.by_chunks, ctx.run = by_chunks, run
         ctx.save_for_backward(*given, kept)
         return y, *ends
@@ -141,10 +143,22 @@ class LinearSequence(torch.autograd.Function):
         d_shared = [base.new_zeros(batch, *t.shape) for t in inputs[5:]]
         d_states = base.new_empty(anchor.shape), base.new_zeros(anchor.shape)
         outer = [t.contiguous() for t in (d_y, d_current, d_anchor)]
-        grid = (batch * q.shape[1],)
-        linear_backward[grid](*inputs, *read, kept, anchor, *outer, *d_inputs, *d_shared, *d_states, *numbers, **tiles)
+        outputs = *d_inputs, *d_shared, *d_states
+        _launch(linear_backward, batch * q.shape[1], *inputs, *read, kept, anchor, *outer, *outputs, *numbers, **tiles)
         d_base, d_bias, d_scale, d_erase = (t.sum(0) for t in d_shared)
         return None, None, *d_inputs, d_base, d_bias, d_scale, None if erase is None else d_erase, *d_states
+
+
+def _launch(kernel: Any, programs: int, *given: Any, **tiles: Any) -> None:
+    """Run so many programs of a kernel, or say in one line that its tiles are too large for the device."""
+    try:
+        kernel[(programs,)](*given, **tiles)
+    except OutOfResources as error:
+        raise UserError(
+            f"NESTLEARN_OPS=triton: a chunk of {tiles['C']} tokens by {tiles['D']} channels does not fit this device "
+            f"({error.name}: {error.required} needed, {error.limit} there): take a smaller chunk_size, more heads, or "
+            "NESTLEARN_OPS=torch"
+        ) from error
 
 
 def _dense(given: Sequence[Tensor | None]) -> list[Tensor]:
