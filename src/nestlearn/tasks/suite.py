@@ -21,8 +21,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nestlearn.errors import UserError, nearest, require_extra
+from nestlearn.errors import UserError, require_extra
 from nestlearn.files import read_json, write_json
+from nestlearn.tasks.request import check
 
 SCALES = ("smoke", "cpu", "gpu")
 
@@ -64,14 +65,7 @@ def run_suite(
         UserError: an unknown name, fewer workers than one, a folder of another scale, or no GPU for its scale.
         KeyboardInterrupt: with a message that says what is kept; the report is then written too.
     """
-    for name in only:
-        if name not in suite.tasks:
-            raise UserError(f"unknown task '{name}'; {nearest(name, suite.tasks)}")
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
-    if workers < 1:
-        raise UserError(f"--workers is the number of processes, 1 or more, got {workers}")
-    chosen = [name for name in suite.tasks if name in only or not only]
+    chosen = check("task", only, suite.tasks, scale, SCALES, workers)
 
     require_extra("matplotlib", "the report")  # before anything long
     if scale == "gpu":

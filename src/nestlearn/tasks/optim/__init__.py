@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.errors import UserError, nearest, require_extra
+from nestlearn.errors import require_extra
 from nestlearn.files import write_json
+from nestlearn.tasks.request import check
 
 EXPERIMENTS = ("curvature", "orthogonal", "vision", "language", "step-time")
 SCALES = ("smoke", "cpu")
@@ -38,14 +39,7 @@ def run(only: Sequence[str], scale: str, data: str | None, out: Path, workers: i
         UserError: an unknown name, fewer workers than one, or a folder of another scale.
         KeyboardInterrupt: with a message that says what is kept.
     """
-    for name in only:
-        if name not in EXPERIMENTS:
-            raise UserError(f"unknown experiment '{name}'; {nearest(name, EXPERIMENTS)}")
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
-    if workers < 1:
-        raise UserError(f"--workers is the number of processes, 1 or more, got {workers}")
-    chosen = [name for name in EXPERIMENTS if name in only or not only]
+    chosen = check("experiment", only, EXPERIMENTS, scale, SCALES, workers)
 
     require_extra("matplotlib", "the report")  # before anything long
     from nestlearn.tasks.optim import report

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.errors import UserError, nearest
 from nestlearn.files import write_json
+from nestlearn.tasks.request import check
 
 EXPERIMENTS = ("block", "one-token", "model", "prefill", "decode", "stream", "memory", "muon")
 SCALES = ("smoke", "cpu", "full")
@@ -36,12 +36,7 @@ def run(only: Sequence[str], scale: str, data: str | None, out: Path, workers: i
         UserError: an unknown name, or a folder of another scale or other peers.
         KeyboardInterrupt: with a message that says what is kept.
     """
-    for name in only:
-        if name not in EXPERIMENTS:
-            raise UserError(f"unknown experiment '{name}'; {nearest(name, EXPERIMENTS)}")
-    if scale not in SCALES:
-        raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
-    chosen = [name for name in EXPERIMENTS if name in only or not only]
+    chosen = check("experiment", only, EXPERIMENTS, scale, SCALES, workers)
 
     from nestlearn.tasks.cells import finished_cells, run_cells
     from nestlearn.tasks.speed import peers, report
