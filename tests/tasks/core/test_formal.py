@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nestlearn.errors import UserError
 from nestlearn.tasks.core import SCALES
-from nestlearn.tasks.core.formal import RECIPES, evaluate, plan, section, train_one, wholly_right
+from nestlearn.tasks.core.formal import NOISE, RECIPES, add_noise, evaluate, plan, section, train_one, wholly_right
 from nestlearn.tasks.core.languages import LANGUAGES, fixed_words
 from nestlearn.tasks.core.paper import TABLE_5, TABLE_5_LANGUAGES
 
@@ -47,6 +47,17 @@ def test_filler_does_not_count() -> None:
     correct = np.array([[True, True, False], [True, False, True]])
     real = np.array([[True, True, False], [True, True, True]])
     assert wholly_right(correct, real).tolist() == [True, False]
+
+
+def test_embeddings_are_noisy_in_training_alone() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(3, 64))
+    tokens = torch.zeros(1000, 1, dtype=torch.long)
+    clean = network(tokens)
+    add_noise(network)
+    size = clean.square().mean().sqrt()
+    assert (network(tokens) - clean).std().item() == pytest.approx(NOISE * size.item(), rel=0.02)
+    assert torch.equal(network.eval()(tokens), clean)
 
 
 def test_an_lstm_learns_a_language_and_stops_early() -> None:
