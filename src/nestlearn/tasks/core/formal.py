@@ -120,10 +120,11 @@ def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
 
 
 def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
-    """A panel a language, a line a model, a point a seed: full on training lengths, open on longer words."""
+    """A panel a language, a line a model that was run, a point a seed: full on training lengths, open on longer."""
     figure = new_figure(11, 7.5)
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
-    names = list(ROWS)[::-1]
+    shown = {name for models in found.values() for name, outcome in models.items() if outcome.get("runs")}
+    names = [name for name in ROWS if name in shown][::-1]
     for axes, language in zip(panels.flat, TABLE_5_LANGUAGES, strict=True):
         for place, name in enumerate(names):
             runs = [run for run in found.get(language, {}).get(name, {}).get("runs", []) if run.get("bin0") is not None]
