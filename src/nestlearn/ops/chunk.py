@@ -88,23 +88,27 @@ def self_modify(
     name, kernel = backend(), kernel_for(start, rule)
     if name == "reference":
         return by_reference(inputs, start, rule, kernel, state, lengths)
-    batch = inputs["q"].shape[0]
+    batch, learned = inputs["q"].shape[0], kernel.pack()
     if state is None:
-        state = _begin(kernel, kernel.pack(), rule, batch)
+        state = _begin(kernel, learned, rule, batch)
     else:
-        _check_state(state, kernel, kernel.pack(), batch)
+        _check_state(state, kernel, learned, batch)
     if name == "triton":
         from nestlearn.ops.triton.linear import by_kernels  # here, as Triton is not installed everywhere
 
-        return by_kernels(inputs, kernel, state, lengths, by_chunks)
-    return by_chunks(inputs, kernel, state, lengths)
+        return by_kernels(inputs, kernel, learned, state, lengths, by_chunks)
+    return by_chunks(inputs, kernel, learned, state, lengths)
 
 
 def by_chunks(
-    inputs: Mapping[str, Tensor], kernel: LinearKernel | MLPKernel, state: CoreState, lengths: Tensor | None
+    inputs: Mapping[str, Tensor],
+    kernel: LinearKernel | MLPKernel,
+    learned: tuple[Tensor, ...],
+    state: CoreState,
+    lengths: Tensor | None,
 ) -> tuple[Tensor, CoreState]:
-    """:func:`self_modify` in PyTorch, from a state."""
-    start, rule, learned = kernel.start, kernel.rule, kernel.pack()
+    """:func:`self_modify` in PyTorch, from a state; ``learned`` is the start as the kernel packs it."""
+    start, rule = kernel.start, kernel.rule
     x = inputs["q"]
     batch, _, tokens, _ = x.shape
     base = tuple(w.unsqueeze(0) if rule.retention == "start" else torch.zeros_like(w).unsqueeze(0) for w in learned)

@@ -36,6 +36,7 @@ ByChunks = Callable[..., tuple[Tensor, CoreState]]
 def by_kernels(
     inputs: Mapping[str, Tensor],
     kernel: LinearKernel | MLPKernel,
+    learned: tuple[Tensor, ...],
     state: CoreState,
     lengths: Tensor | None,
     by_chunks: ByChunks,
@@ -43,7 +44,7 @@ def by_kernels(
     """:func:`nestlearn.ops.self_modify` by the kernels, from a state. Rows that do not count read as zero.
 
     Args:
-        inputs, kernel, state, lengths: as the chunk form has them.
+        inputs, kernel, learned, state, lengths: as the chunk form has them.
         by_chunks: the chunk form, through which second derivatives go.
 
     Raises:
@@ -66,7 +67,7 @@ def by_kernels(
         by_chunks,
         (kernel, state.clock, counts),
         *(inputs[name] for name in READ),
-        kernel.pack()[0],
+        learned[0],
         torch.stack([start.bias[name] for name in GATES], -1),
         write_scales(start, kernel.names),
         start.erase,
@@ -181,5 +182,5 @@ def _again(by_chunks: ByChunks, run: tuple[LinearKernel, Tensor, Tensor], given:
     )
     state = CoreState((current,), (anchor,), (), clock)
     wide = {name: x.to(base.dtype) for name, x in zip(READ, inputs, strict=True)}
-    y, end = by_chunks(wide, LinearKernel(start, kernel.rule), state, counts)
+    y, end = by_chunks(wide, LinearKernel(start, kernel.rule), (base,), state, counts)
     return y.to(inputs[-1].dtype), end.current[0], end.anchor[0]

@@ -13,11 +13,14 @@ import triton.language as tl
 from nestlearn.ops.triton.tiles import (
     along,
     gates,
+    limited,
+    load_memories,
     load_row,
     load_rows,
     load_tokens,
     product,
     shrink,
+    store_memories,
     store_row,
     store_rows,
     store_tokens,
@@ -171,11 +174,7 @@ def linear_backward(
     segments = tl.where(count > 0, (early + count + chunk - 1) // chunk, 0)
     no = n < 0  # no memory but the main one is written with v itself
 
-    d_s_eta = load_row(d_new_current_ptr, d, D)
-    d_s_alpha = load_row(d_new_current_ptr + d, d, D)
-    d_s_k = load_rows(d_new_current_ptr + at_k, d, D)
-    d_s_v = load_rows(d_new_current_ptr + at_v, d, D)
-    d_s_m = load_rows(d_new_current_ptr + at_m, d, D)
+    d_s_eta, d_s_alpha, d_s_k, d_s_v, d_s_m = load_memories(d_new_current_ptr, d, D)
     place = tl.arange(0, C)
     below = place[:, None] > place[None, :]
     # Sums over tokens, one place of a segment each.
@@ -189,35 +188,20 @@ def linear_backward(
     sum_scale_m = tl.zeros([C], tl.float32)
 
     if segments == 0:
-        store_row(d_anchor_ptr, load_row(d_new_anchor_ptr, d, D), d, D)
-        store_row(d_anchor_ptr + d, load_row(d_new_anchor_ptr + d, d, D), d, D)
-        store_rows(d_anchor_ptr + at_k, load_rows(d_new_anchor_ptr + at_k, d, D), d, D)
-        store_rows(d_anchor_ptr + at_v, load_rows(d_new_anchor_ptr + at_v, d, D), d, D)
-        store_rows(d_anchor_ptr + at_m, load_rows(d_new_anchor_ptr + at_m, d, D), d, D)
+        c_eta, c_alpha, c_k, c_v, c_m = load_memories(d_new_anchor_ptr, d, D)
+        store_memories(d_anchor_ptr, c_eta, c_alpha, c_k, c_v, c_m, d, D)
 
     for back in range(segments):
         g = segments - 1 - back
         # Recomputed: states, anchors, and what they make of the tokens.
         moved = (g > 0) | (early == 0)
         kept = kept_ptr + tl.cast(g, tl.int64) * size
-        s_eta = load_row(kept, d, D)
-        s_alpha = load_row(kept + d, d, D)
-        s_k = load_rows(kept + at_k, d, D)
-        s_v = load_rows(kept + at_v, d, D)
-        s_m = load_rows(kept + at_m, d, D)
+        s_eta, s_alpha, s_k, s_v, s_m = load_memories(kept, d, D)
         if moved:
-            s_eta *= shrink(tl.sum(s_eta * s_eta), limit)
-            s_alpha *= shrink(tl.sum(s_alpha * s_alpha), limit)
-            s_k *= shrink(tl.sum(s_k * s_k), limit * d)
-            s_v *= shrink(tl.sum(s_v * s_v), limit * d)
-            s_m *= shrink(tl.sum(s_m * s_m), limit * d)
+            s_eta, s_alpha, s_k, s_v, s_m = limited(s_eta, s_alpha, s_k, s_v, s_m, limit, d)
             w_eta, w_alpha, w_k, w_v, w_m = s_eta, s_alpha, s_k, s_v, s_m
         else:
-            w_eta = load_row(anchor_ptr, d, D)
-            w_alpha = load_row(anchor_ptr + d, d, D)
-            w_k = load_rows(anchor_ptr + at_k, d, D)
-            w_v = load_rows(anchor_ptr + at_v, d, D)
-            w_m = load_rows(anchor_ptr + at_m, d, D)
+            w_eta, w_alpha, w_k, w_v, w_m = load_memories(anchor_ptr, d, D)
         w_eta += load_row(base_ptr, d, D)
         w_alpha += load_row(base_ptr + d, d, D)
         w_k += load_rows(base_ptr + at_k, d, D)
@@ -373,17 +357,9 @@ def linear_backward(
             s_m = load_rows(kept + at_m, d, D)
             d_s_m = limit_adjoint(s_m, d_w_m, tl.sum(s_m * s_m), tl.sum(s_m * d_w_m), limit * d)
         else:
-            store_row(d_anchor_ptr, d_w_eta, d, D)
-            store_row(d_anchor_ptr + d, d_w_alpha, d, D)
-            store_rows(d_anchor_ptr + at_k, d_w_k, d, D)
-            store_rows(d_anchor_ptr + at_v, d_w_v, d, D)
-            store_rows(d_anchor_ptr + at_m, d_w_m, d, D)
+            store_memories(d_anchor_ptr, d_w_eta, d_w_alpha, d_w_k, d_w_v, d_w_m, d, D)
 
-    store_row(d_current_ptr, d_s_eta, d, D)
-    store_row(d_current_ptr + d, d_s_alpha, d, D)
-    store_rows(d_current_ptr + at_k, d_s_k, d, D)
-    store_rows(d_current_ptr + at_v, d_s_v, d, D)
-    store_rows(d_current_ptr + at_m, d_s_m, d, D)
+    store_memories(d_current_ptr, d_s_eta, d_s_alpha, d_s_k, d_s_v, d_s_m, d, D)
     tl.store(d_bias_ptr + 2 * n, tl.sum(sum_eta, 0))
     tl.store(d_bias_ptr + 2 * n + 1, tl.sum(sum_alpha, 0))
     tl.store(d_erase_ptr + n, tl.sum(sum_erase, 0))

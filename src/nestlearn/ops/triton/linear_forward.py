@@ -13,13 +13,13 @@ import triton.language as tl
 from nestlearn.ops.triton.tiles import (
     along,
     gates,
+    limited,
+    load_memories,
     load_row,
     load_rows,
     load_tokens,
     product,
-    shrink,
-    store_row,
-    store_rows,
+    store_memories,
     store_tokens,
     tables,
     unit,
@@ -101,47 +101,24 @@ def linear_forward(
     count = tl.load(lengths_ptr + b).to(tl.int32)
     segments = tl.where(count > 0, (early + count + chunk - 1) // chunk, 0)
 
-    s_eta = load_row(current_ptr, d, D)
-    s_alpha = load_row(current_ptr + d, d, D)
-    s_k = load_rows(current_ptr + at_k, d, D)
-    s_v = load_rows(current_ptr + at_v, d, D)
-    s_m = load_rows(current_ptr + at_m, d, D)
+    s_eta, s_alpha, s_k, s_v, s_m = load_memories(current_ptr, d, D)
     place = tl.arange(0, C)
     no = n < 0  # no memory but the main one is written with v itself
     if segments == 0:
-        store_row(new_anchor_ptr, load_row(anchor_ptr, d, D), d, D)
-        store_row(new_anchor_ptr + d, load_row(anchor_ptr + d, d, D), d, D)
-        store_rows(new_anchor_ptr + at_k, load_rows(anchor_ptr + at_k, d, D), d, D)
-        store_rows(new_anchor_ptr + at_v, load_rows(anchor_ptr + at_v, d, D), d, D)
-        store_rows(new_anchor_ptr + at_m, load_rows(anchor_ptr + at_m, d, D), d, D)
+        c_eta, c_alpha, c_k, c_v, c_m = load_memories(anchor_ptr, d, D)
+        store_memories(new_anchor_ptr, c_eta, c_alpha, c_k, c_v, c_m, d, D)
 
     for g in range(segments):
         if KEEP:
             kept = kept_ptr + tl.cast(g, tl.int64) * size
-            store_row(kept, s_eta, d, D)
-            store_row(kept + d, s_alpha, d, D)
-            store_rows(kept + at_k, s_k, d, D)
-            store_rows(kept + at_v, s_v, d, D)
-            store_rows(kept + at_m, s_m, d, D)
+            store_memories(kept, s_eta, s_alpha, s_k, s_v, s_m, d, D)
         if (g > 0) | (early == 0):  # a chunk boundary: the anchors move
-            s_eta *= shrink(tl.sum(s_eta * s_eta), limit)
-            s_alpha *= shrink(tl.sum(s_alpha * s_alpha), limit)
-            s_k *= shrink(tl.sum(s_k * s_k), limit * d)
-            s_v *= shrink(tl.sum(s_v * s_v), limit * d)
-            s_m *= shrink(tl.sum(s_m * s_m), limit * d)
+            s_eta, s_alpha, s_k, s_v, s_m = limited(s_eta, s_alpha, s_k, s_v, s_m, limit, d)
             a_eta, a_alpha, a_k, a_v, a_m = s_eta, s_alpha, s_k, s_v, s_m
         else:
-            a_eta = load_row(anchor_ptr, d, D)
-            a_alpha = load_row(anchor_ptr + d, d, D)
-            a_k = load_rows(anchor_ptr + at_k, d, D)
-            a_v = load_rows(anchor_ptr + at_v, d, D)
-            a_m = load_rows(anchor_ptr + at_m, d, D)
+            a_eta, a_alpha, a_k, a_v, a_m = load_memories(anchor_ptr, d, D)
         if g == segments - 1:
-            store_row(new_anchor_ptr, a_eta, d, D)
-            store_row(new_anchor_ptr + d, a_alpha, d, D)
-            store_rows(new_anchor_ptr + at_k, a_k, d, D)
-            store_rows(new_anchor_ptr + at_v, a_v, d, D)
-            store_rows(new_anchor_ptr + at_m, a_m, d, D)
+            store_memories(new_anchor_ptr, a_eta, a_alpha, a_k, a_v, a_m, d, D)
         w_eta = load_row(base_ptr, d, D) + a_eta
         w_alpha = load_row(base_ptr + d, d, D) + a_alpha
         w_k = load_rows(base_ptr + at_k, d, D) + a_k
@@ -176,8 +153,4 @@ def linear_forward(
         store_tokens(y_ptr + sequence, y, t, valid, d, D)
         s_m = s_m * end + product(tl.trans(z), final, PRECISION)
 
-    store_row(new_current_ptr, s_eta, d, D)
-    store_row(new_current_ptr + d, s_alpha, d, D)
-    store_rows(new_current_ptr + at_k, s_k, d, D)
-    store_rows(new_current_ptr + at_v, s_v, d, D)
-    store_rows(new_current_ptr + at_m, s_m, d, D)
+    store_memories(new_current_ptr, s_eta, s_alpha, s_k, s_v, s_m, d, D)

@@ -39,6 +39,27 @@ def store_row(at, row, d, D: tl.constexpr):
 
 
 @triton.jit
+def load_memories(at, d, D: tl.constexpr):
+    """The rows of a packed state (R, d) at a pointer: eta, alpha (D,), k, v, memory (D, D)."""
+    return (
+        load_row(at, d, D),
+        load_row(at + d, d, D),
+        load_rows(at + 2 * d, d, D),
+        load_rows(at + (2 + d) * d, d, D),
+        load_rows(at + (2 + 2 * d) * d, d, D),
+    )
+
+
+@triton.jit
+def store_memories(at, eta, alpha, k, v, m, d, D: tl.constexpr):
+    store_row(at, eta, d, D)
+    store_row(at + d, alpha, d, D)
+    store_rows(at + 2 * d, k, d, D)
+    store_rows(at + (2 + d) * d, v, d, D)
+    store_rows(at + (2 + 2 * d) * d, m, d, D)
+
+
+@triton.jit
 def load_tokens(at, t, valid, d, D: tl.constexpr):
     """Tokens ``t`` (C,) of a sequence at a pointer, (C, D); zero where ``valid`` says that one does not count."""
     i = tl.arange(0, D)
@@ -69,6 +90,18 @@ def along(rows, vector):
 def shrink(squares, most):
     """The factor, at most 1, that brings a sum of squares down to ``most``."""
     return tl.sqrt(most / tl.maximum(squares, most))
+
+
+@triton.jit
+def limited(eta, alpha, k, v, m, limit, d):
+    """The five memories within ``limit``, of the summed squares of a row; a square block has d times as much."""
+    return (
+        eta * shrink(tl.sum(eta * eta), limit),
+        alpha * shrink(tl.sum(alpha * alpha), limit),
+        k * shrink(tl.sum(k * k), limit * d),
+        v * shrink(tl.sum(v * v), limit * d),
+        m * shrink(tl.sum(m * m), limit * d),
+    )
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from nestlearn.tasks.continual.choice import lay_out
 from nestlearn.tasks.continual.curves import curves, draw, matched
 from nestlearn.tasks.continual.late import LateModel
 from nestlearn.tasks.continual.pretrained import lacking_model, load_model
-from nestlearn.tasks.continual.rules import CLIP, Rule, make_rule, mlp_parameters
+from nestlearn.tasks.continual.rules import CLIP, Rule, make_rule
 from nestlearn.tasks.continual.streams import Domain, load_domains
 from nestlearn.tasks.core.datasets import lacking
 from nestlearn.tasks.core.plan import Plan, Row
@@ -179,11 +179,7 @@ def _rule(network: PreTrainedModel, method: str, lr: float, rank: int) -> Rule:
     """A rule on all weights, on LoRA's, or on the MLPs of all layers, as Hope."""
     if method in ("all", "lora"):
         return make_rule(method, network, lr, rank=rank)
-    whole = LateModel(network, 0).top
-    if method == "none":
-        mlp_parameters(whole)
-        method = "mlp"
-    return make_rule(method, whole, lr, strength=STRENGTH)
+    return make_rule("mlp" if method == "none" else method, LateModel(network, 0).top, lr, strength=STRENGTH)
 
 
 def _losses(late: LateModel, tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> list[Callable[[], Tensor]]:
