@@ -48,7 +48,7 @@ MODELS = ("transformer", "transformer+conv", "deltanet", "gated-deltanet", "tita
 WORDS, BYTES = "WikiText-2", "WikiText-2 in bytes"
 CONTEXTS = tuple(2**n for n in range(7, 16))
 
-SIZE = {"dim": 192, "layers": 4, "heads": 4, "intermediate": 576}
+SIZE = {"dim": 128, "layers": 4, "heads": 4, "intermediate": 384}
 TINY = {"dim": 16, "layers": 1, "heads": 2, "intermediate": 24}
 LARGE = {"dim": 512, "layers": 8, "heads": 8, "intermediate": 1536}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -65,8 +65,8 @@ TEXTS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {WORDS: {"tokenizer": "bpe:4096", "length": 512}, BYTES: {"tokenizer": "bytes", "length": 1024}},
     "gpu": {WORDS: {"tokenizer": "bpe:8192", "length": 1024}, BYTES: {"tokenizer": "bytes", "length": 4096}},
 }
-RATES = {"smoke": (2e-3,), "cpu": (1e-3, 2e-3, 4e-3), "gpu": (5e-4, 1e-3, 2e-3)}
-SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "gpu": (0, 1, 2)}
+RATES = {"smoke": (2e-3,), "cpu": (2e-3, 4e-3, 8e-3), "gpu": (5e-4, 1e-3, 2e-3)}
+SEEDS = {"smoke": (0,), "cpu": (0, 1), "gpu": (0, 1, 2)}
 CRITERION = ("validation_loss",)
 SPAN = {"smoke": 128, "cpu": 1024, "gpu": 1024}
 NEVER = 2**31  # more steps than there are: nothing is evaluated or saved on the way
