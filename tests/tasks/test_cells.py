@@ -90,6 +90,14 @@ def test_the_bar_counts_what_comes_later(tmp_path: Path, capsys: pytest.CaptureF
     assert "squares:  25%" in capsys.readouterr().err
 
 
+def test_where_things_are_is_handed_on_and_not_kept(tmp_path: Path) -> None:
+    there, elsewhere = (Cell("square-3", square, {"value": 3}, {"log": str(tmp_path / log)}) for log in "ab")
+    assert run_cells([there], tmp_path) == run_cells([elsewhere], tmp_path)
+    assert (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()  # finished already
+    assert str(tmp_path) not in (tmp_path / "cells" / "square-3.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [

@@ -38,11 +38,14 @@ class Cell:
 
     ``name`` is that of its file, unique in the experiment. ``function`` stands in a module, so that another process
     finds it, and gives a dictionary that JSON can hold; ``arguments`` are its keyword arguments, of JSON's types.
+    ``where`` are further ones that say where things are, as the path of a data set: they may change from one call to
+    the next, and no file has them.
     """
 
     name: str
     function: Callable[..., Result]
     arguments: Mapping[str, Any]
+    where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run_cells(
@@ -142,7 +145,7 @@ def _finish(cell: Cell, folder: Path) -> tuple[str, Result]:
     code = commit()
     begin = time.perf_counter()
     try:
-        result = _finite(cell.function(**cell.arguments))
+        result = _finite(cell.function(**cell.arguments, **cell.where))
     except RuntimeError as error:
         from nestlearn.optim import NotFiniteGradient  # loads torch, which not every cell needs
 

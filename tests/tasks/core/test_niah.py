@@ -49,16 +49,15 @@ def network(name: str = "hope") -> HopeForCausalLM:
     return language_model(name, len(BASE), size, {"chunk_size": 16}).eval()
 
 
-@pytest.mark.parametrize("question", [False, True])
-def test_the_loss_is_that_of_each_symbol_after_the_right_ones(question: bool) -> None:
+def test_the_loss_is_that_of_each_symbol_of_an_answer_after_the_right_ones() -> None:
     model = network()
     some = [*samples("MQ-NIAH", 64, 2), *samples("S-NIAH-1", 48, 1)]  # rows of several lengths
     losses = []
     for sample in some:
         ids = torch.tensor([[LIBRARY.number[s] for s in (*sample.prompt, *sample.answer)]])
         each = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-        losses.append(each[(sample.question if question else len(sample.prompt)) - 1 :])
-    assert loss_of(model, some, LIBRARY, question).item() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+        losses.append(each[len(sample.prompt) - 1 :])
+    assert loss_of(model, some, LIBRARY).item() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["hope", "transformer+conv"])
@@ -101,7 +100,9 @@ def test_steps_have_one_length_and_their_symbols() -> None:
     assert seen == {64, 128}
     assert kinds == {("number", 1, 1), ("uuid", 1, 1), ("number", 2, 1), ("number", 2, 2)}
     dense = training_samples(True, [64, 128], 256, LIBRARY, FORM, generator)
-    assert [(len(s.prompt), len(s.needles), len(s.values)) for s in dense] == [(64, 4, 4)] * 4
+    assert [len(s.prompt) for s in dense] == [64] * 4
+    assert all(len(s.needles) == len(s.values) for s in dense)  # all are asked
+    assert len({len(s.needles) for s in training_samples(True, [64], 2048, LIBRARY, FORM, generator)}) > 1
 
 
 def test_a_run_is_repeatable_and_has_every_number() -> None:
@@ -128,7 +129,7 @@ def test_a_model_learns_to_answer_where_it_can_without_the_text() -> None:
 def test_mistakes_are_one_line_and_what_is_not_finite_has_no_scores(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shortest 64, longest 32, tokens 256"):
         train_one("hope", 1e-2, 0, **(TINY | {"longest": 32}))
-    with pytest.raises(UserError, match="MQ-NIAH needs 58 symbols, got length 16"):
+    with pytest.raises(UserError, match="MQ-NIAH needs [0-9]+ symbols, got length 16"):
         train_one("hope", 1e-2, 0, **(TINY | {"shortest": 16, "form": {"digits": 40}}))
     with pytest.raises(UserError, match="has no folder wikitext2"):
         train_one("hope", 1e-2, 0, data=str(tmp_path), **TINY)

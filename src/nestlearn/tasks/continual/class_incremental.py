@@ -98,8 +98,7 @@ def plan(scale: str, data: str | None) -> Plan:
                 reason = missing or "peft is not installed: pip install 'nestlearn[peft]'"
             counts = COUNTS[method][scale] if method in COUNTS else None
             rows.append(Row(setting, name, {"name": setting, **given, **sizes}, reason, counts))
-    shared = {**recipe, "data": data}
-    return Plan("class-incremental", learn_classes, shared, rows, RATES[scale], SEEDS[scale], CRITERION)
+    return Plan("class-incremental", learn_classes, recipe, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 
 def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:

@@ -78,8 +78,7 @@ def plan(scale: str, data: str | None) -> Plan:
         if given["method"] == "lora" and importlib.util.find_spec("peft") is None:
             reason = missing or "peft is not installed: pip install 'nestlearn[peft]'"
         rows += [Row(name, f"lr {lr:g}", given, reason, (lr,)) for lr in RATES[scale]]
-    shared = {**recipe, "data": data}
-    return Plan("knowledge", read_stream, shared, rows, RATES[scale][:1], SEEDS[scale], ("held_out",))
+    return Plan("knowledge", read_stream, recipe, rows, RATES[scale][:1], SEEDS[scale], ("held_out",), data)
 
 
 def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:

@@ -58,7 +58,7 @@ OWN: dict[str, dict[str, Any]] = {
     "static projections": {"inner_k": False, "inner_v": False, "inner_q": False, "inner_gates": False},
 }
 UNIT = 3  # channels, by which widths differ: the levels of Hope's continuum memory
-RATES = {"smoke": (2e-3,), "cpu": (2e-3,), "gpu": (5e-4, 1e-3, 2e-3)}
+RATES = {"smoke": (2e-3,), "cpu": (4e-3,), "gpu": (5e-4, 1e-3, 2e-3)}
 SEEDS = {"smoke": (0,), "cpu": (0, 1), "gpu": (0, 1, 2)}
 PERPLEXITY, ACCURACY = "wikitext ppl", [name for name in TABLE_2_COLUMNS if not name.endswith("ppl")]
 
@@ -66,11 +66,11 @@ PERPLEXITY, ACCURACY = "wikitext ppl", [name for name in TABLE_2_COLUMNS if not 
 def plan(scale: str, data: str | None) -> Plan:
     """Every row of table 6 and every departure, as options of Hope."""
     absent = lacking(data, [language.CORPUS])
-    shared = language.shared(scale, data) | language.TEXTS[scale][SETTING]
+    shared = language.shared(scale) | language.TEXTS[scale][SETTING]
     examples = 0 if scale == "smoke" else language.shared_examples(scale, SETTING)
     shared |= {"model": "hope", "contexts": [], "examples": examples}
     rows = [Row(SETTING, name, arguments(options, shared["size"]), absent) for name, options in (ROWS | OWN).items()]
-    return Plan("ablation", language.train_one, shared, rows, RATES[scale], SEEDS[scale], language.CRITERION)
+    return Plan("ablation", language.train_one, shared, rows, RATES[scale], SEEDS[scale], language.CRITERION, data)
 
 
 def arguments(options: Mapping[str, Any], size: Mapping[str, int]) -> dict[str, Any]:

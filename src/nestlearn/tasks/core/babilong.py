@@ -115,7 +115,7 @@ def plan(scale: str, data: str | None) -> Plan:
             longest = LONGEST[scale] if model == "hope" and task == next(iter(NAMES)) else []
             ladder = [*RECIPES[scale]["ladder"], *longest]
             rows.append(Row(task, model, {"task": task, "model": model, "ladder": ladder}, missing(model) or absent))
-    return Plan("babilong", train_one, {**recipe, "data": data}, rows, RATES[scale], SEEDS[scale], CRITERION)
+    return Plan("babilong", train_one, recipe, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 
 def train_one(

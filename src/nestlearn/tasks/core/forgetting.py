@@ -81,7 +81,7 @@ def plan(scale: str, data: str | None) -> Plan:
     prose = None if data is None else Path(data) / "wikitext2"
     reason = None if prose is not None and prose.is_dir() else "no data: give --data DIR with wikitext2/"
     rows = [Row(SETTING, name, {"periods": None if p is None else list(p)}, reason) for name, p in ROWS.items()]
-    return Plan("forgetting", stream, RECIPES[scale] | {"data": data}, rows, RATES[scale], SEEDS[scale], CRITERION)
+    return Plan("forgetting", stream, RECIPES[scale], rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 
 def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:

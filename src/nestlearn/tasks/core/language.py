@@ -80,13 +80,13 @@ def plan(scale: str, data: str | None) -> Plan:
         for text, values in TEXTS[scale].items()
         for model in MODELS
     ]
-    return Plan("language", train_one, shared(scale, data), rows, RATES[scale], SEEDS[scale], CRITERION)
+    return Plan("language", train_one, shared(scale), rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 
-def shared(scale: str, data: str | None) -> dict[str, Any]:
+def shared(scale: str) -> dict[str, Any]:
     """The arguments of `train_one` that all models of a scale have in common."""
     recipe = {key: value for key, value in RECIPES[scale].items() if key != "examples"}
-    return {**recipe, "contexts": list(recipe["contexts"]), "span": SPAN[scale], "data": data}
+    return {**recipe, "contexts": list(recipe["contexts"]), "span": SPAN[scale]}
 
 
 def shared_examples(scale: str, text: str) -> int | None:

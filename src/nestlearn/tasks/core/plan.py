@@ -43,11 +43,13 @@ class Plan:
     Args:
         task: its name, unique in the suite.
         function: from a row's arguments, those in ``shared``, ``lr`` and ``seed`` to a result, see `Cell`.
-        shared: arguments that are equal in all rows; ``data`` is left out of the report.
+        shared: arguments that are equal in all rows.
         rows: what is to be measured.
         rates: learning rates, tried with the first seed.
         seeds: the best rate runs with all of them.
         criterion: names of numbers in a result that are to be small, on validation data; the next decides a tie.
+        data: the folder of real data, the argument ``data`` of the function: neither the report nor a cell names it.
+            Without one the function has no such argument.
     """
 
     task: str
@@ -57,11 +59,13 @@ class Plan:
     rates: Sequence[float]
     seeds: Sequence[int]
     criterion: Sequence[str]
+    data: str | None = None
 
     def cell(self, row: Row, lr: float, seed: int) -> Cell:
         """One run of a row."""
         name = f"{self.task}-{slug(row.setting)}-{slug(row.model)}-lr{lr:g}-seed{seed}"
-        return Cell(name, self.function, {**self.shared, **row.arguments, "lr": lr, "seed": seed})
+        where = {} if self.data is None else {"data": self.data}
+        return Cell(name, self.function, {**self.shared, **row.arguments, "lr": lr, "seed": seed}, where)
 
     def search(self) -> dict[tuple[int, float], Cell]:
         """The first stage, by number of the row and learning rate."""
@@ -76,10 +80,9 @@ class Plan:
 
     def recipe(self) -> dict[str, Any]:
         """All that a reader needs to repeat a number, but the arguments of each row."""
-        shown = {key: value for key, value in self.shared.items() if key != "data"}
         return {
             "function": f"{self.function.__module__}.{self.function.__qualname__}",
-            "shared": shown,
+            "shared": dict(self.shared),
             "rates": list(self.rates),
             "seeds": list(self.seeds),
             "criterion": list(self.criterion),
