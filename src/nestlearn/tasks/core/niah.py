@@ -89,8 +89,8 @@ SEEDS = {"smoke": (0,), "cpu": (0, 1), "gpu": (0, 1, 2)}
 CRITERION = ("validation_error", "validation_loss")
 
 # Of the steps, at the beginning, are dense. Width 64, 3e-3: with values of two digits DeltaNet begins to find the right
-# one after 300 such steps, Hope after 500, transformer+conv after 600; with values of four digits, or with chunks of 16,
-# Hope takes twice as long.
+# one after 300 such steps, Hope after 500, transformer+conv after 600; with values of four digits, or with
+# chunks of 16, Hope takes twice as long.
 DENSE = 0.3
 WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
 POINTS = 20  # of the curve
