@@ -61,6 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         vocabulary=512,
         stages=[[0, 2, False], [0, 2, True], [256, 2, True]],
         batch=4,
+        most=512,
         ladder=[[256, 4], [1024, 2], [8192, 1]],
         bound=0.25,
         piece=512,
@@ -70,11 +71,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         size=SIZE,
         vocabulary=4096,
         stages=[
-            *([0, 2000, True], [128, 600, True], [256, 300, True]),
-            *([512, 200, True], [1024, 100, True]),
+            *([0, 700, True], [128, 300, True], [256, 150, True], [512, 100, True]),
+            *([1024, 150, True], [2048, 100, True], [4096, 100, True]),
         ],
         batch=16,
-        ladder=[[1024, 200], [4096, 80], [16_384, 40], [65_536, 8], [262_144, 8], [1_048_576, 2]],
+        most=16_384,
+        ladder=[[1024, 200], [4096, 80], [16_384, 40], [65_536, 16], [262_144, 8], [1_048_576, 8]],
         bound=32,
         piece=2048,
         device="cpu",
@@ -84,15 +86,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         vocabulary=8192,
         stages=[[0, 4000, True], [128, 2000, True], *([128 * 2**n, 1000, True] for n in range(1, 7))],
         batch=64,
+        most=524_288,
         ladder=[[1024, 500], [4096, 500], [16_384, 250], [65_536, 100], [262_144, 50], [1_048_576, 25]],
         bound=1024,
         piece=8192,
         device="cuda",
     ),
 }
-LONGEST = {"smoke": [], "cpu": [[10_000_000, 2]], "gpu": [[10_000_000, 10]]}  # for Hope, on the first task
-RATES = {"smoke": (3e-3,), "cpu": (1e-3, 3e-3), "gpu": (3e-4, 1e-3)}
-SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "gpu": (0, 1, 2)}
+LONGEST = {"smoke": [], "cpu": [[10_000_000, 4]], "gpu": [[10_000_000, 10]]}  # for Hope, on the first task
+RATES = {"smoke": (3e-3,), "cpu": (3e-3,), "gpu": (3e-4, 1e-3)}
+SEEDS = {"smoke": (0,), "cpu": (0, 1), "gpu": (0, 1, 2)}
 CRITERION = ("validation_error", "validation_loss")
 
 WARMUP = 50  # steps
@@ -128,6 +131,7 @@ def train_one(
     stages: Sequence[Sequence[int]],
     ladder: Sequence[Sequence[int]],
     batch: int = 16,
+    most: int = 16_384,
     vocabulary: int = 4096,
     bound: float = 32,
     piece: int = 2048,
@@ -147,7 +151,7 @@ def train_one(
         stages: ``[tokens of a stream, steps, whether only answers count]`` of the curriculum, see `Teller.example`;
             the last one has a length, at which is validated.
         ladder: ``[tokens of a stream, samples]`` to test, in rising order.
-        batch: streams of a training step.
+        batch, most: streams of a training step, and tokens of one: long streams are fewer.
         vocabulary: most words.
         bound: MiB that the state of one stream may take.
         piece: tokens that are read at a time.
@@ -169,7 +173,7 @@ def train_one(
     network = language_model(model, len(text.vocabulary), Size(**(size or {})), options).to(device)  # type: ignore[arg-type]
     result: dict[str, Any] = {"parameters": count_parameters(network), "vocabulary": len(text.vocabulary)}
     result |= {"diverged": False, "curve": [], "outgrown": None}
-    if not train(network, text.training, stages, batch, lr, seed, device, result["curve"], log):
+    if not train(network, text.training, stages, batch, most, lr, seed, device, result["curve"], log):
         return result | {"diverged": True}
     length = stages[-1][0]
     samples = fixed_samples(text.validation, length, VALIDATION_SAMPLES, VALIDATION_SEED)
@@ -228,6 +232,7 @@ def train(
     teller: Teller,
     stages: Sequence[Sequence[int]],
     batch: int,
+    most: int,
     lr: float,
     seed: int,
     device: str,
@@ -244,7 +249,8 @@ def train(
         for step in range(steps):
             done += 1
             length = longest if generator.random() < 0.5 else int(generator.choice(lengths))
-            examples = [teller.example(length, bool(only_answer), generator) for _ in range(batch)]
+            rows = max(1, min(batch, most // max(length, 1)))
+            examples = [teller.example(length, bool(only_answer), generator) for _ in range(rows)]
             loss = loss_of(network, examples, device)
             if not descend(network, optimizer, loss, lr * min(done / WARMUP, (total - done + 1) / (FALL * total), 1)):
                 return False
