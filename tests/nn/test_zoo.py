@@ -223,6 +223,7 @@ def test_steps_and_starts_that_suit_the_rule() -> None:
 
     assert [fresh("ttt-linear", c).rule.eta_max for c in (1, 8, 64)] == [0.5, 0.5, 4 / 64]
     assert fresh("ttt-linear", 64, eta_max=0.3).rule.eta_max == 0.3
+    assert [fresh("titans", c).rule.eta_max for c in (1, 64)] == pytest.approx([0.05, 0.4 / 64])
     assert fresh("deltanet", 64).rule.eta_max == 1.0
     assert torch.equal(fresh("ada-transformer", 4).start["memory"][0][1], torch.eye(4))
     assert fresh("ttt-linear", 4).start["memory"][0].abs().max() < 0.1

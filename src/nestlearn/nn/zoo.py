@@ -52,6 +52,9 @@ HEBBIAN = replace(EXACT, delta=False, eta_max=2.0)  # constant steps of 1
 # Nothing erases inside a chunk, so steps are smaller and the state has a limit, as for the MLP memories of Hope.
 AT_ANCHOR = WriteRule(objective="l2", self_values=False, delta=False, eta_max=0.5)
 START_SCALE = 0.02
+# Of the steps of a linear memory. All layers of an MLP move on one error, so that its output moves further; with full
+# steps Titans' perplexity on WikiText-2 was twice that with a tenth (`docs/log.md`).
+MLP_STEP = 0.1
 
 DESIGNS = {
     "linear-attention": Design(replace(HEBBIAN, decay=False), gates=()),
@@ -88,7 +91,8 @@ class MemoryLayer(MemoryMixer):
         gate: whether a static sigmoid gate multiplies the output.
         rope_theta: base of the rotary wavelengths, where the design has attention.
         changes: fields of the design's :class:`nestlearn.ops.WriteRule` to replace, such as ``norm_limit``. Unless
-            ``eta_max`` is among them, step sizes at the anchor end at d / chunk_size at most.
+            ``eta_max`` is among them, step sizes at the anchor end at d / chunk_size at most, those of MLP memories
+            at a tenth of it.
 
     Raises:
         UserError: an unknown design, ``heads`` that do not divide ``dim``, or a value outside its range.
@@ -124,7 +128,8 @@ class MemoryLayer(MemoryMixer):
         rule = replace(design.rule, chunk_size=chunk_size, **changes)  # type: ignore[arg-type]
         if design.at_anchor and "eta_max" not in changes:
             # C random keys of width d add up to (1 + sqrt(C / d))^2 along one direction: a chunk should not overshoot.
-            rule = replace(rule, eta_max=min(rule.eta_max, dim / max(heads, 1) / chunk_size))
+            share = MLP_STEP if design.memory == "mlp" else 1.0
+            rule = replace(rule, eta_max=share * min(rule.eta_max, dim / max(heads, 1) / chunk_size))
         super().__init__(dim, heads, rule, ("q", "k", "v", *design.gates), conv_size, gate)
         if design.attention and self.width % 2:
             raise UserError(f"attention of dim={dim} with heads={heads}: dim / heads must be an even integer")
