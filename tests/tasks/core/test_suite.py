@@ -20,7 +20,7 @@ RAN: list[tuple[str, float, int]] = []
 FAIL_AT = types.SimpleNamespace(count=10**9)
 
 
-def score(model: str, lr: float, seed: int, steps: int, data: str | None) -> dict[str, Any]:
+def score(model: str, lr: float, seed: int, steps: int, data: str | None = None) -> dict[str, Any]:
     if len(RAN) == FAIL_AT.count:
         raise KeyboardInterrupt
     RAN.append((model, lr, seed))
@@ -33,7 +33,7 @@ def score(model: str, lr: float, seed: int, steps: int, data: str | None) -> dic
 def plan(scale: str, data: str | None) -> Plan:
     rows = [Row("toy", model, {"model": model}) for model in ("plain", "good", "shaky", "wild")]
     rows.append(Row("toy", "absent", {"model": "absent"}, "no such block"))
-    return Plan("toy", score, {"steps": 3, "data": data}, rows, (0.1, 0.2, 0.3), (0, 1, 2), ("error", "loss"))
+    return Plan("toy", score, {"steps": 3}, rows, (0.1, 0.2, 0.3), (0, 1, 2), ("error", "loss"), data)
 
 
 def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
@@ -112,8 +112,14 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     core.run(["toy"], "smoke", None, tmp_path / "out", 1)
     with pytest.raises(UserError, match="holds results of scale 'smoke', now 'cpu': give another folder"):
         core.run(["toy"], "cpu", None, tmp_path / "out", 1)
-    with pytest.raises(UserError, match="was made with data=None, now data='x': give another folder"):
-        core.run(["toy"], "smoke", "x", tmp_path / "out", 1)
+
+
+def test_data_may_lie_elsewhere_the_next_time(tmp_path: Path) -> None:
+    core.run(["toy"], "smoke", "here", tmp_path, 1)
+    before = len(RAN)
+    core.run(["toy"], "smoke", "there", tmp_path, 1)
+    assert len(RAN) == before
+    assert not any("here" in path.read_text() for path in (tmp_path / "cells").iterdir())
 
 
 def test_outcomes_of_an_empty_folder(tmp_path: Path) -> None:
@@ -153,5 +159,5 @@ def test_order_counts_only_beyond_the_spread_and_against_other_models() -> None:
 def test_files_say_what_made_them(tmp_path: Path) -> None:
     core.run(["toy"], "cpu", None, tmp_path, 1)
     kept = json.loads((tmp_path / "cells" / "toy-toy-good-lr0.1-seed2.json").read_text())
-    assert kept["arguments"] == {"model": "good", "lr": 0.1, "seed": 2, "steps": 3, "data": None}
+    assert kept["arguments"] == {"model": "good", "lr": 0.1, "seed": 2, "steps": 3}
     assert "commit" in kept

@@ -84,7 +84,8 @@ def measured(
     form: str = ".4g",
     joint: str = " / ",
 ) -> str:
-    """A cell of a table: the means and spreads of ``keys``, and the paper's values below.
+    """A cell of a table: the means and spreads of ``keys``, and the paper's values below; "-" for a model that was run
+    without being asked for them.
 
     >>> outcome = {"state": "finished", "mean": {"loss": 0.5}, "spread": {"loss": 0.01}, "reason": None, "diverged": 0}
     >>> measured(outcome, ["loss"], [0.4])
@@ -99,9 +100,11 @@ def measured(
     texts = [_with_spread(outcome["mean"][key], outcome["spread"][key], form) for key in keys if key in outcome["mean"]]
     if failed:
         text = f"{failed} of {len(runs)} seeds diverged"
-    else:
-        text = joint.join(texts) if len(texts) == len(keys) else outcome["reason"] or "not run"
-    return text + (f" ({outcome['reason']})" if lacking else "") + below
+    elif len(texts) == len(keys):
+        text = joint.join(texts) + (f" ({outcome['reason']})" if lacking else "")
+    else:  # "-": it was run, and this number is not among what was asked of it
+        text = "-" if outcome["mean"] else outcome["reason"] or "not run"
+    return text + below
 
 
 def differences(
