@@ -40,7 +40,7 @@ def network(model: str, told: Teller) -> Any:
     return made
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", dict.fromkeys(model for model, _ in MODELS.values()))
 def test_an_answer_through_the_cache_is_that_of_the_whole_text(model: str) -> None:
     told, generator = teller(), np.random.default_rng(0)
     made = network(model, told)
@@ -169,7 +169,7 @@ def test_every_model_is_planned_on_every_task_and_data_is_asked_for(scale: str, 
     ladders = {row.model: row.arguments["ladder"] for row in here.rows if row.setting == "qa1"}
     assert all(sorted(ladder) == ladder for ladder in ladders.values())
     if scale != "smoke":
-        assert ladders["hope"][-1][0] == 10_000_000
+        assert ladders["hope"][-1][0] == ladders["hope, no decay"][-1][0] == 10_000_000
         assert RECIPES[scale]["stages"][-1][0] >= 1024
 
 

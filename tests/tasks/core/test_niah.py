@@ -167,14 +167,14 @@ def test_the_section_puts_the_paper_beside_and_says_what_is_missing(tmp_path: Pa
         | {"runs": [mean | {"trained_to": 1024}]}
         for name, mean in (("hope", hope), ("titans", titans))
     }
-    found["linear"] = dict(state="not run", reason=None, diverged=0, mean={}, spread={}, runs=[])
+    found["deltanet"] = dict(state="not run", reason=None, diverged=0, mean={}, spread={}, runs=[])
     text = section({SETTING: found}, tmp_path)
     tables = {part.split("\n")[0]: part for part in text.split("### ")[1:]}
     assert list(tables) == list(TASKS)
     assert "| model | 1,024 | 4,096 | 8,192 | 16,384 |" in tables["S-NIAH-1"]
     assert "| hope | 100 | 100<br>*100* | -<br>*100* | -<br>*100* |" in tables["S-NIAH-1"]
     assert "| titans | - | 30<br>*24.6* | -<br>*15.1* | -<br>*8.2* |" in tables["MV-NIAH"]
-    assert "| linear | not run | not run | not run | not run |" in tables["S-NIAH-2"]
+    assert "| deltanet | not run | not run | not run | not run |" in tables["S-NIAH-2"]
     sentences = [line for line in text.split("\n") if line.startswith("- ")]
     assert sentences == [
         "- S-NIAH-1 at 4,096: hope (100) is ahead of titans (90), in the paper they are equal.",

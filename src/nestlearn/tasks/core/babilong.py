@@ -40,14 +40,21 @@ from nestlearn.tasks.core.datasets import lacking
 from nestlearn.tasks.core.models import Size, language_model, missing
 from nestlearn.tasks.core.plan import Plan, Row
 from nestlearn.tasks.core.reading import MemoryMeter, advance, answer, tensor_bytes
-from nestlearn.tasks.core.report import measured
+from nestlearn.tasks.core.report import base, measured
 from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
 
 TITLE = "BABILong (figure 9, section 9.2)"
-MODELS = ("transformer", "transformer+conv", "titans", "deltanet", "hope")
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transformer": ("transformer", {}),
+    "transformer+conv": ("transformer+conv", {}),
+    "titans": ("titans", {}),
+    "deltanet": ("deltanet", {}),
+    "hope": ("hope", {}),
+    "hope, no decay": ("hope", {"decay": False}),
+}
 TEXTS = ("wikitext2/train.txt", "wikitext2/valid.txt", "wikitext2/test.txt")  # the first to train, the others to test
 MIB = 2**20
 
@@ -114,10 +121,11 @@ def plan(scale: str, data: str | None) -> Plan:
     recipe = {key: value for key, value in RECIPES[scale].items() if key != "ladder"}
     for task in NAMES:
         absent = lacking(data, [*TEXTS, "babi"])
-        for model in MODELS:
+        for name, (model, options) in MODELS.items():
             longest = LONGEST[scale] if model == "hope" and task == next(iter(NAMES)) else []
             ladder = [*RECIPES[scale]["ladder"], *longest]
-            rows.append(Row(task, model, {"task": task, "model": model, "ladder": ladder}, missing(model) or absent))
+            arguments = {"task": task, "model": model, "options": options, "ladder": ladder}
+            rows.append(Row(task, name, arguments, missing(model) or absent))
     return Plan("babilong", train_one, recipe, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 
@@ -388,7 +396,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: P
             outcome = next((o for o in outcomes if _lengths(o)), None)
             if outcome is not None:
                 points = [(n, outcome["mean"][f"{key} {n}"]) for n in _lengths(outcome)]
-                width = 2.5 if name == "hope" else 1.4
+                width = 2.5 if base(name) == "hope" else 1.4
                 axes.plot(*zip(*points, strict=True), "o-", color=colours[name], label=name, linewidth=width)
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log")

@@ -45,7 +45,7 @@ from nestlearn.tasks.core.needles import (
 )
 from nestlearn.tasks.core.paper import TABLE_1, TABLE_1_LENGTHS
 from nestlearn.tasks.core.plan import Plan, Row
-from nestlearn.tasks.core.report import differences, measured, order_section
+from nestlearn.tasks.core.report import base, differences, measured, order_section
 from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 from nestlearn.train.model import count_parameters
@@ -55,15 +55,15 @@ TITLE = "Needle in a haystack (table 1, section 9.2)"
 SETTING = "all tasks"  # one model answers all of them
 # A needle is to last: heads that forget start with half-lives of 70 to 7,000 symbols, not the usual 35 to 350.
 LASTING = {"retained": [0.99, 0.9999]}
-ROWS: dict[str, dict[str, Any]] = {
-    "transformer": {},
-    "transformer+conv": {},
-    "linear": {},
-    "deltanet": {},
-    "gated-deltanet": LASTING,
-    "titans": LASTING,
-    "hope-attention": {},
-    "hope": LASTING,
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transformer": ("transformer", {}),
+    "transformer+conv": ("transformer+conv", {}),
+    "deltanet": ("deltanet", {}),
+    "gated-deltanet": ("gated-deltanet", LASTING),
+    "titans": ("titans", LASTING),
+    "hope-attention": ("hope-attention", {}),
+    "hope": ("hope", LASTING),
+    "hope, no decay": ("hope", {"decay": False}),
 }
 GROWING = ("transformer", "transformer+conv", "hope-attention")  # their memory and time grow with the text
 RECIPES: dict[str, dict[str, Any]] = {
@@ -104,10 +104,10 @@ def plan(scale: str, data: str | None) -> Plan:
     """Every model of `ROWS`, trained on all tasks, at the lengths that it can read."""
     usual, further = LENGTHS[scale]
     rows = []
-    for model, options in ROWS.items():
+    for name, (model, options) in ROWS.items():
         lengths = list(usual if model in GROWING else usual + further)
         arguments = {"model": model, "lengths": lengths, "options": options}
-        rows.append(Row(SETTING, model, arguments, missing(model) or missing_text(data)))
+        rows.append(Row(SETTING, name, arguments, missing(model) or missing_text(data)))
     shared = RECIPES[scale] if data is not None else {**RECIPES[scale], "data": None}  # which text it is, is no place
     return Plan("niah", train_one, shared, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
@@ -121,7 +121,7 @@ def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
     for task in TASKS:
         rows = []
         for model in ROWS:
-            papers = dict(zip(TABLE_1_LENGTHS, TABLE_1[task].get(model, ()), strict=False))
+            papers = dict(zip(TABLE_1_LENGTHS, TABLE_1[task].get(base(model), ()), strict=False))
             given = {n: [papers[n]] if n in papers else None for n in lengths}
             rows.append([model, *(measured(outcomes.get(model), [score_name(task, n)], given[n]) for n in lengths)])
         parts += [f"### {task}\n", table(["model", *(f"{length:,}" for length in lengths)], rows)]
@@ -151,7 +151,7 @@ def draw_figure(outcomes: Mapping[str, Any], lengths: Sequence[int], path: Path)
             mean = outcomes.get(model, {}).get("mean", {})
             points = [(n, mean[score_name(task, n)]) for n in lengths if score_name(task, n) in mean]
             xs, ys = zip(*points, strict=True) if points else ((), ())
-            width = 2.4 if model == "hope" else 1.2
+            width = 2.4 if base(model) == "hope" else 1.2
             axes.plot(xs, ys, "o-", color=colour, markersize=4, linewidth=width, label=model)
         for length in set(trained):
             axes.axvline(length, color=GREY, linestyle=":")
