@@ -383,13 +383,17 @@ def _short(length: int) -> str:
 
 
 def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: Path) -> Path:
-    """A panel a task with accuracy, one with the state and one with the memory, against the length."""
-    figure = new_figure(13, 7)
-    panels = list(figure.subplots(2, 4).flat)
-    panels[-1].set_axis_off()
+    """Against the length: accuracy in each task that was run, a panel each, then the state and the memory."""
     colours = dict(zip(MODELS, PALETTE, strict=False))
-    keys = [(task, "accuracy", f"{task}: right answers (percent)") for task in NAMES]
+    run = [task for task, models in found.items() if any(map(_lengths, models.values()))]
+    keys = [(task, "accuracy", f"{task}: right answers (percent)") for task in run]
     keys += [(None, "state", "state of a stream (MiB)"), (None, "memory", "memory in use (MiB)")]
+    columns = min(len(keys), 4)
+    rows = -(-len(keys) // columns)
+    figure = new_figure(3.3 * columns, 3.5 * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(keys) :]:
+        axes.set_axis_off()
     for axes, (task, key, title) in zip(panels, keys, strict=False):
         for name in MODELS:
             outcomes = [models[name] for t, models in found.items() if name in models and task in (None, t)]
@@ -410,7 +414,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: P
             axes.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[4:7]:
+    for axes in panels[max(0, len(keys) - columns) : len(keys)]:
         axes.set_xlabel("tokens of the stream")
     legend_below(figure, panels[0])
     return save_figure(figure, path)

@@ -299,11 +299,12 @@ def _without_accuracy(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
-    """Perplexity against context: a panel a text, and the paper's."""
-    figure = new_figure(13, 4.6)
-    panels = figure.subplots(1, 3)
+    """Perplexity against context: a panel for each text that was read, and the paper's."""
+    texts = [text for text in (WORDS, BYTES) if any(o["mean"] for o in found.get(text, {}).values())]
+    figure = new_figure(4.3 * (len(texts) + 1), 4.6)
+    panels = figure.subplots(1, len(texts) + 1, squeeze=False)[0]
     colours = dict(zip([*MODELS, "comba"], [*PALETTE, "#999999", "#cc79a7"], strict=False))
-    for axes, text in zip(panels, (WORDS, BYTES), strict=False):
+    for axes, text in zip(panels, texts, strict=False):
         for name, outcome in found.get(text, {}).items():
             points = [(c, outcome["mean"].get(f"context {c}")) for c in CONTEXTS]
             drawn = [(c, value) for c, value in points if value is not None and math.isfinite(value)]
@@ -314,9 +315,9 @@ def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     for name, values in FIGURE_10.items():
         plain = name.partition(" ")[0]
         style = "o-" if plain == name else "o:"
-        panels[2].plot(FIGURE_10_CONTEXTS, values, style, color=colours[plain], markersize=4, label=name)
-    panels[2].set_title("the paper's figure 10", fontsize=11)
-    panels[2].legend(frameon=False, fontsize=8)
+        panels[-1].plot(FIGURE_10_CONTEXTS, values, style, color=colours[plain], markersize=4, label=name)
+    panels[-1].set_title("the paper's figure 10", fontsize=11)
+    panels[-1].legend(frameon=False, fontsize=8)
     for axes in panels:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("context (tokens)")
