@@ -73,7 +73,7 @@ def test_a_row_reaches_the_model_and_the_section_has_what_is_there(data: str, tm
     mean = {name: found[ablation.SETTING][name]["mean"]["wikitext ppl"] for name in kept}
     assert rows["hope"][0].strip() == f"{mean['hope']:.4g}"
     assert rows["without DGD"][1].strip() == f"{100 * (mean['without DGD'] / mean['hope'] - 1):+.1f} %"
-    assert rows["without DGD"][3].strip() == "not run<br>*13.41*"
+    assert rows["without DGD"][3].strip() == "-<br>*13.41*"
     assert rows["without CMS"][0].strip() == "not run"
     assert (tmp_path / "ablation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "not run" in section({}, tmp_path)

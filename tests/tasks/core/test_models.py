@@ -43,6 +43,8 @@ def test_options_override_and_the_rest_is_matched() -> None:
 def test_mistakes_are_one_line() -> None:
     with pytest.raises(UserError, match="unknown model 'hpe'; did you mean 'hope'"):
         build("hpe", 4, 4, Size())
+    with pytest.raises(UserError, match="HopeConfig has no 'memory'; did you mean 'memory_type'"):
+        build("hope", 4, 4, Size(dim=16), {"memory": "mlp"})
     with pytest.raises(UserError, match="model 'lstm' takes no options of HopeConfig, got chunk_size"):
         build("lstm", 4, 4, Size(), {"chunk_size": 1})
     with pytest.raises(UserError, match="model 'srwm' has no configuration"):

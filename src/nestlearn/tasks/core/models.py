@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nestlearn.errors import UserError, nearest
 from nestlearn.models.hope import BLOCK_TYPES, HopeConfig, HopeForCausalLM, HopeModel
 from nestlearn.tasks.core.srwm import SelfReferentialModel
+from nestlearn.train.model import RESERVED, option_names
 
 BLOCKS = {
     "transformer": "attention",
@@ -67,7 +68,7 @@ def configure(name: str, vocabulary: int, size: Size, options: Mapping[str, Any]
         options: fields of `HopeConfig` that override it. ``intermediate_size`` given here is not matched to Hope's
             parameters.
 
-    Raises `UserError` for an unknown name, a missing block type or what `HopeConfig` refuses.
+    Raises `UserError` for an unknown name or option, a missing block type or what `HopeConfig` refuses.
 
     >>> configure("hope", 4, Size(dim=16), {"chunk_size": 1}).chunk_size
     1
@@ -76,6 +77,9 @@ def configure(name: str, vocabulary: int, size: Size, options: Mapping[str, Any]
     if reason is not None or name not in BLOCKS:
         raise UserError(f"model '{name}' has no configuration: {reason or 'it is made by build'}")
     given = dict(options or {})
+    for option in given:  # transformers would keep one that is mistyped and say nothing
+        if option not in (known := (*option_names("hope"), *RESERVED)):
+            raise UserError(f"HopeConfig has no '{option}'; {nearest(option, known)}")
 
     def at_width(width: int) -> HopeConfig:
         fields: dict[str, Any] = dict(
