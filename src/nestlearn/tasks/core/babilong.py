@@ -414,7 +414,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: P
             axes.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[max(0, len(keys) - columns) : len(keys)]:
+    for axes in panels[len(keys) - columns : len(keys)]:
         axes.set_xlabel("tokens of the stream")
     legend_below(figure, panels[0])
     return save_figure(figure, path)

@@ -77,8 +77,9 @@ def configure(name: str, vocabulary: int, size: Size, options: Mapping[str, Any]
     if reason is not None or name not in BLOCKS:
         raise UserError(f"model '{name}' has no configuration: {reason or 'it is made by build'}")
     given = dict(options or {})
+    known = (*option_names("hope"), *RESERVED)
     for option in given:  # transformers would keep one that is mistyped and say nothing
-        if option not in (known := (*option_names("hope"), *RESERVED)):
+        if option not in known:
             raise UserError(f"HopeConfig has no '{option}'; {nearest(option, known)}")
 
     def at_width(width: int) -> HopeConfig:

@@ -274,18 +274,15 @@ def training_samples(
     dense: bool, lengths: Sequence[int], tokens: int, library: Library, form: Form, generator: np.random.Generator
 ) -> list[Sample]:
     """The rows of a step, of one of ``lengths`` and together of ``tokens`` symbols; if they are to be ``dense``, all of
-    MQ at the shortest."""
+    MQ at the shortest, of values of two digits and from one needle up to as many as fit: some are easy from the start.
+    """
     length = lengths[0] if dense else int(generator.choice(lengths))
     rows = tokens // length
     if dense:
-        return [draw("MQ-NIAH", length, library.train, _dense(length, form, generator), generator) for _ in range(rows)]
+        full = fullest("MQ-NIAH", length, dataclasses.replace(form, digits=min(form.digits, 2)))
+        some = (dataclasses.replace(full, many=int(generator.integers(1, full.many + 1))) for _ in range(rows))
+        return [draw("MQ-NIAH", length, library.train, row, generator) for row in some]
     return [draw(task, length, library.train, form, generator) for task in generator.choice(list(TASKS), rows)]
-
-
-def _dense(length: int, form: Form, generator: np.random.Generator) -> Form:
-    """Values of two digits, and from one needle up to as many as fit: some rows are easy from the start."""
-    some = dataclasses.replace(form, digits=min(form.digits, 2))
-    return dataclasses.replace(some, many=int(generator.integers(1, fullest("MQ-NIAH", length, some).many + 1)))
 
 
 def loss_of(network: HopeForCausalLM, samples: Sequence[Sample], library: Library) -> Tensor:
