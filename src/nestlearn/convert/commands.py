@@ -65,6 +65,19 @@ def convert(
             help="How far a level may move, relative to its pretrained norm; by default any way.", metavar="X[,X]"
         ),
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text that learning must not disturb: some pages of what the model should stay good at.",
+            metavar="FILE",
+        ),
+    ] = None,
+    keep_strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How much less a step moves what is kept: by 1 / (1 + strength). By default 10.", metavar="X"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn a pretrained model into levels that can learn.
@@ -77,7 +90,10 @@ def convert(
 
     from nestlearn.convert.config import Level, LevelsConfig, default_rate
     from nestlearn.convert.model import convert
+    from nestlearn.convert.pretrained import model_folder
     from nestlearn.convert.saved import LEVELS, load_base
+    from nestlearn.data.text_files import read_text
+    from nestlearn.data.tokenizers import read_tokenizer
 
     if (out / LEVELS).exists():
         raise UserError(f"{out} holds a converted model already: give another --out, or remove it")
@@ -95,7 +111,13 @@ def convert(
         layers=layers if layers in ("late", "all") else tuple(_numbers("--layers", layers, int)),
     )
     logging.disable_progress_bar()
+    if keep is None and keep_strength is not None:
+        raise UserError(f"--keep-strength {keep_strength:g} is that of a text: give --keep FILE with it")
+    text = None if keep is None else read_text(keep)
     converted = convert(load_base(model), config)
+    if text is not None:
+        options: dict[str, Any] = {} if keep_strength is None else {"strength": keep_strength}
+        converted.keep(read_tokenizer(model_folder(model)), text, **options)
     converted.save_pretrained(out)
     rows = [
         {

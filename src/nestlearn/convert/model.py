@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestlearn.convert.blocks import AdaptiveMLP, Piece, Scope, Using, Weights
 from nestlearn.convert.config import Level, LevelsConfig
 from nestlearn.convert.families import SUPPORTED, FoundMLP, find_mlps, neuron_axis, same_function
+from nestlearn.convert.kept import Kept, is_transposed, kept_inputs
 from nestlearn.convert.saved import read_base, read_converted, save_converted
 from nestlearn.errors import UserError, nearest
+
+KEPT_WINDOWS, KEPT_WINDOW = 8, 512  # read by `ContinualModel.keep`, and tokens of one
 
 
 class Start(Mapping[str, Tensor]):
@@ -48,12 +51,14 @@ class ModelLevel:
         config: how it learns.
         layers: indices of the layers that it has neurons in.
         start: theta_0, its pretrained weights by name.
+        kept: what its updates must not disturb, by the name of the weight; filled by `ContinualModel.keep`.
     """
 
     number: int
     config: Level
     layers: tuple[int, ...]
     start: Start
+    kept: dict[str, Kept] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -215,8 +220,48 @@ class ContinualModel(nn.Module):
         self._check(weights)
         return Using(self.scope, dict(weights))
 
+    def keep(self, tokenizer: PreTrainedTokenizerBase, text: str, *, strength: float = 10.0, rank: int = 64) -> None:
+        """From now on updates disturb little of what the pretrained model answers to such a text.
+
+        See `nestlearn.convert.kept`. The model reads up to 8 windows of 512 tokens, spread over the text. What is found
+        replaces what was kept before and is saved with the model.
+
+        Args:
+            tokenizer: of the model.
+            text: some pages of what it should stay good at.
+            strength: how much less a step moves the answer to an input of mean size: by ``1 / (1 + strength)``.
+            rank: directions of the inputs that are kept of each matrix, at most.
+
+        Raises:
+            UserError: a text without a token, or a number out of range.
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from nestlearn.data import load_tokenizer
+        >>> model = convert(LlamaForCausalLM(LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=24,
+        ...                                              num_hidden_layers=4, num_attention_heads=2)))
+        >>> model.keep(load_tokenizer("bytes"), "What it knows.", rank=4)
+        >>> model.levels[0].kept["model.layers.3.mlp.up_proj.weight"].directions.shape
+        torch.Size([16, 4])
+        """
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        length = min(KEPT_WINDOW, getattr(self.base.config.get_text_config(), "max_position_embeddings", KEPT_WINDOW))
+        windows = ids.to(self.base.device).split(length) if len(ids) else ()
+        spread = windows[:: max(1, -(-len(windows) // KEPT_WINDOWS))]
+        with self.using({}):
+            found = kept_inputs(self.base, self._pieces(), spread, strength, rank)
+        self.set_kept(found)
+
+    def set_kept(self, kept: Mapping[str, Kept]) -> None:
+        """What `keep` has found, in place of what was kept before."""
+        for level in self.levels:
+            level.kept.clear()
+            level.kept.update({name: kept[name] for name in level.start if name in kept})
+
+    def _pieces(self) -> dict[str, Piece]:
+        return {name: piece for level in self.levels for name, piece in level.start.pieces.items()}
+
     def _check(self, weights: Weights) -> None:
-        pieces = {name: piece for level in self.levels for name, piece in level.start.pieces.items()}
+        pieces = self._pieces()
         rows: set[int] = set()
         for name, weight in weights.items():
             if name not in pieces:
@@ -254,7 +299,8 @@ class ContinualModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``levels.json`` and ``learned.safetensors``: only `weights`, as far as they differ from the pretrained
-        ones, with the path and the hash of the base. Raises `UserError` for weights of several rows.
+        ones, with the path and the hash of the base; and ``kept.safetensors``, if `keep` was called. Raises `UserError`
+        for weights of several rows.
         """
         save_converted(self, Path(folder))
 
@@ -269,9 +315,12 @@ class ContinualModel(nn.Module):
         Raises:
             UserError: a file is missing or damaged, or the base is another one.
         """
-        entry, config, weights = read_converted(Path(folder))
+        entry, config, weights, kept = read_converted(Path(folder))
         model = convert(read_base(entry, base), config)
         model.weights = weights
+        model.set_kept(
+            {name: Kept(kept[name], is_transposed(piece)) for name, piece in model._pieces().items() if name in kept}
+        )
         return model
 
     def unload(self) -> PreTrainedModel:

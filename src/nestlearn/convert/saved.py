@@ -1,6 +1,7 @@
 """A converted model on the disk: what was learned and which base it belongs to, never the base itself.
 
-The folder holds ``levels.json`` (configuration, path and hash of the base) and ``learned.safetensors``.
+The folder holds ``levels.json`` (configuration, path and hash of the base), ``learned.safetensors`` and, of a model
+that must not disturb some text, ``kept.safetensors``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nestlearn.files import read_json, write_atomic, write_json
 if TYPE_CHECKING:
     from nestlearn.convert.model import ContinualModel
 
-LEVELS, LEARNED = "levels.json", "learned.safetensors"
+LEVELS, LEARNED, KEPT = "levels.json", "learned.safetensors", "kept.safetensors"
 FORMAT = 1
 REMEDY = "save the converted model again"
 
@@ -50,15 +51,18 @@ def save_converted(model: ContinualModel, folder: Path) -> None:
     }
     # The weights first: their hash stands in the other file, so that two halves of different age are not one model.
     write_atomic(folder / LEARNED, lambda path: save_file(learned, path))
-    entry = {"sha256": _hash(folder / LEARNED), "weights": len(learned)}
-    write_json(
-        folder / LEVELS,
-        {"format": FORMAT, "base": base, "config": model.config_levels.to_dict(), "learned": entry},
-    )
+    entries = {"learned": {"sha256": _hash(folder / LEARNED), "weights": len(learned)}}
+    kept = {name: own.directions.contiguous() for level in model.levels for name, own in level.kept.items()}
+    if kept:
+        write_atomic(folder / KEPT, lambda path: save_file(kept, path))
+        entries["kept"] = {"sha256": _hash(folder / KEPT), "weights": len(kept)}
+    write_json(folder / LEVELS, {"format": FORMAT, "base": base, "config": model.config_levels.to_dict(), **entries})
 
 
-def read_converted(folder: Path) -> tuple[dict[str, Any], LevelsConfig, dict[str, Tensor]]:
-    """The entry of the base, the configuration, the learned weights. Raises `UserError` that names what is damaged."""
+def read_converted(folder: Path) -> tuple[dict[str, Any], LevelsConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """The entry of the base, the configuration, the learned weights, the directions that are kept. Raises `UserError`
+    that names what is damaged.
+    """
     path = folder / LEVELS
     if not path.is_file():
         raise UserError(f"no converted model in {folder} ({LEVELS} is missing): give a folder of `nestlearn convert`")
@@ -68,14 +72,23 @@ def read_converted(folder: Path) -> tuple[dict[str, Any], LevelsConfig, dict[str
     base, learned = entries.get("base"), entries.get("learned")
     if not isinstance(base, dict) or not isinstance(learned, dict) or not isinstance(entries.get("config"), dict):
         raise UserError(f"{path} is damaged (base, config or learned is missing): {REMEDY}")
-    file = folder / LEARNED
-    if not file.is_file() or _hash(file) != learned.get("sha256"):
+    weights = _tensors(folder / LEARNED, learned)
+    kept = entries.get("kept")
+    return (
+        base,
+        LevelsConfig.from_dict(entries["config"]),
+        weights,
+        {} if kept is None else _tensors(folder / KEPT, kept),
+    )
+
+
+def _tensors(file: Path, entry: Any) -> dict[str, Tensor]:
+    if not isinstance(entry, dict) or not file.is_file() or _hash(file) != entry.get("sha256"):
         raise UserError(f"{file} is damaged or missing (its hash is not the one in {LEVELS}): {REMEDY}")
     try:
-        weights = load_file(file)
+        return load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged ({error}): {REMEDY}") from error
-    return base, LevelsConfig.from_dict(entries["config"]), weights
 
 
 def read_base(entry: dict[str, Any], given: PreTrainedModel | str | Path | None) -> PreTrainedModel:

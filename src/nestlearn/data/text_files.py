@@ -42,6 +42,11 @@ def read_documents(path: Path) -> Iterator[Iterator[str]]:
             yield _pieces(path)
 
 
+def read_text(path: Path) -> str:
+    """All documents of one file as one text, an empty line between two. Raises as `read_documents` does."""
+    return "\n\n".join("".join(document) for document in read_documents(path))
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """What the system says against reading ``path``, or something in it, as one line."""

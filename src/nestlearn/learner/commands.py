@@ -159,14 +159,14 @@ def _learner(
 
 
 def _probe(path: Path | None, limit: float | None) -> Any:
-    from nestlearn.data.text_files import read_documents
+    from nestlearn.data.text_files import read_text
     from nestlearn.learner.guards import RetentionProbe
 
     if path is None and limit is not None:
         raise UserError(f"--limit {limit:g} is that of a probe: give --probe FILE with it")
     if path is None:
         return None
-    text = "\n\n".join("".join(document) for document in read_documents(path))
+    text = read_text(path)
     return RetentionProbe(text) if limit is None else RetentionProbe(text, limit)
 
 

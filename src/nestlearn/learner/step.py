@@ -146,7 +146,7 @@ def _advance(model: ContinualModel, state: LearnerState, window: Tensor, reading
     for level, old in zip(model.levels, state.levels, strict=True):
         counted = replace(old, tokens=old.tokens + n)
         due = level.config.lr > 0 and counted.tokens >= level.config.period
-        new = update(counted, level.config, level.start) if due else counted
+        new = update(counted, level.config, level.start, level.kept) if due else counted
         if new is None:
             return None
         levels.append(new)
@@ -179,6 +179,6 @@ def flush(model: ContinualModel, state: LearnerState) -> LearnerState:
         if level.config.period > fastest or old.tokens == 0 or level.config.lr == 0:
             levels.append(old)
             continue
-        new = update(old, level.config, level.start)
+        new = update(old, level.config, level.start, level.kept)
         levels.append(replace(old, gathered={}, tokens=0, scored=0) if new is None else new)
     return replace(state, levels=tuple(levels))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
+from nestlearn.convert.kept import Kept
 from nestlearn.learner.state import LevelState, Tensors
 from nestlearn.optim import functional
 
@@ -35,17 +36,21 @@ class Rule(Protocol):
     def budget(self) -> float | None: ...
 
 
-def update(state: LevelState, level: Rule, start: Mapping[str, Tensor]) -> LevelState | None:
+def update(
+    state: LevelState, level: Rule, start: Mapping[str, Tensor], kept: Mapping[str, Kept] | None = None
+) -> LevelState | None:
     """The level after the end of its chunk, or None if its new weights are not finite.
 
     The mean is taken over the tokens present, so that lr means the same for every chunk size and for a chunk that the
     end of a text cut short (the printed Eq. 71 sums). The norm of the whole level's mean gradient is clipped; then
-    comes the rule's step, then ``theta += retention (theta_0 - theta)``, then the projection to
+    comes the rule's step, bent away from what is kept (`nestlearn.convert.kept`), then
+    ``theta += retention (theta_0 - theta)``, then the projection to
     ``||theta - theta_0|| <= budget ||theta_0||``. A chunk without a predicted token changes no weight.
 
     Args:
         state: with the gradient gathered over the chunk.
         start: the pretrained weights theta_0, fp32, by name.
+        kept: inputs whose answers a step leaves alone, of the weights that have some.
 
     >>> from types import SimpleNamespace
     >>> sgd = SimpleNamespace(lr=0.5, rule="sgd", clip=10.0, retention=0.0, budget=None)
@@ -61,7 +66,10 @@ def update(state: LevelState, level: Rule, start: Mapping[str, Tensor]) -> Level
     if norm > level.clip:
         torch._foreach_mul_(grads, level.clip / norm)
     weights = [state.weights.get(name, start[name]) for name in names]
+    old = weights
     weights, slots = _step(level, names, weights, grads, state.slots)
+    if kept:
+        weights = [o + kept[n].bend(w - o) if n in kept else w for n, o, w in zip(names, old, weights, strict=True)]
     pretrained = [start[name] for name in names]
     moved = torch._foreach_sub(weights, pretrained)
     distance, size = float(get_total_norm(moved)), float(get_total_norm(pretrained))

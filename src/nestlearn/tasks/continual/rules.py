@@ -120,7 +120,7 @@ class Levels:
                 state, gathered=gathered, tokens=state.tokens + tokens, scored=state.scored + scored
             )
             if state.tokens >= level.config.period:
-                new = update(state, level.config, level.start)
+                new = update(state, level.config, level.start, level.kept)
                 if new is None:
                     raise FloatingPointError(f"level {number} learned weights that are not finite")
                 state = new

@@ -44,7 +44,16 @@ from nestlearn.train.trainer import LanguageModelTrainer, check_weights, trainin
 TITLE = "Language modelling (table 2, figure 10, sections 9.2 and 9.3)"
 CORPUS = "wikitext2"
 PAPER_SCALE = "1.3B / 100B"  # of table 2
-MODELS = ("transformer", "transformer+conv", "deltanet", "gated-deltanet", "titans", "hope-attention", "hope")
+MODELS = (
+    "transformer",
+    "transformer+conv",
+    "deltanet",
+    "gated-deltanet",
+    "titans",
+    "hope-attention",
+    "hope",
+    "hope-mlp",
+)
 WORDS, BYTES = "WikiText-2", "WikiText-2 in bytes"
 CONTEXTS = tuple(2**n for n in range(7, 16))
 

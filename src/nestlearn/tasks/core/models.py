@@ -1,7 +1,8 @@
 """The models of all core tasks by name, of equal size where they can be.
 
 All but the LSTM and the self-referential weight matrix are Hope models with other block types, so that what is
-measured is what the package ships. "transformer+conv" is the Transformer++ behind Hope's short convolution.
+measured is what the package ships. "transformer+conv" is the Transformer++ behind Hope's short convolution, "hope-mlp"
+is Hope with the MLP memories of Eq. 89.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ BLOCKS = {
     "titans": "titans",
     "hope-attention": "hope-attention",
     "hope": "hope",
+    "hope-mlp": "hope",
 }
+OPTIONS: dict[str, dict[str, Any]] = {"hope-mlp": {"memory_type": "mlp"}}  # of a model, besides its blocks
 RECURRENT = ("lstm", "srwm")
 MODELS = (*BLOCKS, *RECURRENT)
-LEVELLED = ("hope", "hope-attention")  # their MLPs are a continuum memory; all others have one plain MLP
+LEVELLED = ("hope", "hope-mlp", "hope-attention")  # their MLPs are a continuum memory; all others have one plain MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,7 @@ def configure(name: str, vocabulary: int, size: Size, options: Mapping[str, Any]
     reason = missing(name)
     if reason is not None or name not in BLOCKS:
         raise UserError(f"model '{name}' has no configuration: {reason or 'it is made by build'}")
-    given = dict(options or {})
+    given = OPTIONS.get(name, {}) | dict(options or {})
     known = (*option_names("hope"), *RESERVED)
     for option in given:  # transformers would keep one that is mistyped and say nothing
         if option not in known:

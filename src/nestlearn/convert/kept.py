@@ -1,0 +1,116 @@
+"""What learning must not disturb: the answers of a level's matrices to the inputs that they saw on a text.
+
+A step D of a matrix moves its answer to an input x by ``D x``. The level's retention (Ret of Eq. 59) gets a term
+for the inputs that are kept, so that of all steps near the rule's the one is taken that moves their answers little:
+
+    argmin_D ||D - D_rule||^2 + strength / s E ||D x||^2  =  D_rule (I + strength / s C)^-1
+
+with ``C = E x x^T`` over the kept inputs, E the mean, and s the mean of C's eigenvalues, so that ``strength`` has one
+meaning for all models. Only the largest directions of C are kept: the inverse is ``I - U U^T`` with U (inputs, rank).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nestlearn.convert.blocks import Piece
+from nestlearn.errors import UserError
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The inputs of one weight that are kept.
+
+    Args:
+        directions: U, (inputs, rank), each of a length from 0 (free) to 1 (fixed). A bias has one input, which is 1.
+        transposed: whether the weight is (inputs, outputs), as in `Conv1D`.
+    """
+
+    directions: Tensor
+    transposed: bool = False
+
+    def bend(self, step: Tensor) -> Tensor:
+        """A change of the weight without its part along the kept inputs.
+
+        >>> fixed = Kept(torch.tensor([[1.0], [0.0]]))  # the first of two inputs
+        >>> fixed.bend(torch.tensor([[3.0, 4.0]]))
+        tensor([[0., 4.]])
+        """
+        u = self.directions.to(step)
+        if step.ndim == 1:
+            return step * (1 - u.square().sum())
+        return step - u @ (u.mT @ step) if self.transposed else step - (step @ u) @ u.mT
+
+
+def is_transposed(piece: Piece) -> bool:
+    return isinstance(piece.layer, Conv1D) and piece.attribute == "weight"
+
+
+@torch.no_grad()
+def kept_inputs(
+    model: nn.Module, pieces: Mapping[str, Piece], windows: Iterable[Tensor], strength: float, rank: int
+) -> dict[str, Kept]:
+    """The `Kept` of every piece.
+
+    Args:
+        model: reads each window, (n,) int64, with its pretrained weights.
+        pieces: of the levels, by name.
+        windows: of the text.
+        strength: see above.
+        rank: most directions of one weight.
+
+    Raises:
+        UserError: a number out of range, or a text of no token.
+    """
+    if not 0 <= strength < math.inf:
+        raise UserError(f"strength={strength} of what is kept: give a finite number, 0 (nothing is kept) or more")
+    if rank < 1:
+        raise UserError(f"rank={rank} of what is kept: give 1 direction or more")
+    seen: dict[nn.Module, list[Tensor]] = {piece.layer: [] for piece in pieces.values()}
+    hooks = [layer.register_forward_pre_hook(lambda m, x: seen[m].append(x[0].flatten(0, -2))) for layer in seen]
+    try:
+        for ids in windows:
+            model(ids[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not any(seen.values()):
+        raise UserError("the text to keep has no token: give some pages of what the model should stay good at")
+    found = {}
+    for layer, parts in seen.items():
+        inputs = torch.cat(parts).float()
+        parts.clear()
+        shared: dict[tuple[int, int] | None, Tensor] = {}  # by the part of the inputs that a piece sees
+        for name, piece in pieces.items():
+            if piece.layer is not layer:
+                continue
+            if piece.attribute == "bias":
+                one = inputs.new_ones(1, 1)
+                found[name] = Kept(_directions(one, strength, 1))
+                continue
+            cut = None if piece.axis != int(not is_transposed(piece)) else (piece.start, piece.length)
+            if cut not in shared:
+                shared[cut] = _directions(inputs if cut is None else inputs.narrow(1, *cut), strength, rank)
+            found[name] = Kept(shared[cut], is_transposed(piece))
+    return found
+
+
+def _directions(inputs: Tensor, strength: float, rank: int) -> Tensor:
+    """U of inputs (N, d)."""
+    count, d = inputs.shape
+    small = inputs.double()
+    # The smaller of the two products has the same eigenvalues; its vectors are turned into directions of the inputs.
+    gram = small.mT @ small if d <= count else small @ small.mT
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values[-rank:].clamp_min(0), vectors[:, -rank:]
+    if d > count:
+        vectors = nn.functional.normalize(small.mT @ vectors, dim=0)
+    mean = small.square().sum() / d
+    along = strength * values / mean.clamp_min(torch.finfo(mean.dtype).tiny)
+    return (vectors * (along / (1 + along)).sqrt()).float()
