@@ -10,10 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
+from nestlearn.cli import app
 from nestlearn.convert import ContinualModel, Level, LevelsConfig, convert
 from nestlearn.convert.blocks import Piece
 from nestlearn.convert.kept import kept_inputs
+from nestlearn.convert.saved import load_base
+from nestlearn.data.tokenizers import load_tokenizer
 from nestlearn.errors import UserError
 from nestlearn.learner.state import LevelState
 from nestlearn.learner.update import update
@@ -122,6 +126,35 @@ def test_it_is_saved_and_comes_back_to_the_bit(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"kept\.safetensors is damaged"):
         ContinualModel.from_pretrained(tmp_path / "learned", tmp_path / "base")
+
+
+def test_the_command_keeps_a_file(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("bytes")
+    model = make()
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "empty.txt").write_text("")
+    run, base, out = CliRunner(), str(tmp_path / "base"), tmp_path / "out"
+    done = run.invoke(app, ["convert", base, "--out", str(out), "--keep", str(tmp_path / "text.txt")])
+    assert done.exit_code == 0
+    again = ContinualModel.from_pretrained(out)
+    model = convert(load_base(base))
+    model.keep(tokenizer, TEXT)
+    for one, two in zip(model.levels, again.levels, strict=True):
+        for name, kept in one.kept.items():
+            torch.testing.assert_close(two.kept[name].bend(one.start[name]), kept.bend(one.start[name]))
+    for arguments, said in (
+        (["--keep", str(tmp_path / "empty.txt")], "is empty"),
+        (["--keep", str(tmp_path / "none.txt")], "cannot read"),
+        (["--keep-strength", "3"], "give --keep FILE"),
+        (["--keep", str(tmp_path / "text.txt"), "--keep-strength", "-1"], "strength=-1"),
+    ):
+        failed = run.invoke(app, ["convert", base, "--out", str(tmp_path / "x"), *arguments])
+        assert isinstance(failed.exception, UserError)
+        assert said in str(failed.exception)
+        assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ WARMUP, DECAY = 50, 500  # steps
 WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
 # Of the embeddings' root mean square, while a model trains. Without it the loss falls to 1e-8, where nothing asks for
 # more precision, and a count that is right to a percent is wrong in a longer word.
-NOISE = 0.1
+NOISE = 0.2
 TEST_WORDS = 500  # of each bin, where a language has many words of a size
 VALIDATION_WORDS = 300
 VALIDATION_SEED, TEST_SEED = 1, 2  # training draws from seeds of its own
