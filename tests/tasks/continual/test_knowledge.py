@@ -8,7 +8,7 @@ import torch
 from nestlearn.tasks.continual import knowledge, speed
 from nestlearn.tasks.continual.abilities import Abilities, answer, continuations
 from nestlearn.tasks.continual.curves import Point, curves, matched
-from nestlearn.tasks.continual.knowledge import METHODS, RECIPES, read_stream
+from nestlearn.tasks.continual.knowledge import LONGER, METHODS, RECIPES, read_stream
 from nestlearn.tasks.continual.late import LateModel
 from nestlearn.tasks.continual.pretrained import load_model
 from nestlearn.tasks.continual.streams import Domain, Question, load_domains
@@ -89,7 +89,8 @@ def test_a_cell_of_every_method(data: str, given: dict) -> None:
     if given["method"] == "lora":
         pytest.importorskip("peft")
     recipe = RECIPES["smoke"] | dict(tokens=128, held_out=64, questions=1)
-    result = read_stream(lr=1e-2, seed=0, data=data, **given, **recipe)
+    lr = 1e-2 * (LONGER if given.get("keep") else 1)
+    result = read_stream(lr=lr, seed=0, data=data, **given, **recipe)
     assert result["held_out"] == pytest.approx(sum(result[f"held_out_{d}"] for d in DOMAINS) / 4)
     assert (result["parameters"] > 0) == (given["method"] != "none")
     if given["method"] not in ("none", "ewc"):

@@ -41,8 +41,10 @@ from nestlearn.tasks.layout import table
 TITLE = "New knowledge without forgetting"
 BEFORE = "before"  # the setting of the model that has read nothing
 PERIODS = (1, 2, 4, 8)  # windows; a row of n levels has the first n
-METHODS = {
-    "hope, 4 levels": {"method": "hope", "levels": 4},
+METHODS: dict[str, dict[str, Any]] = {
+    "hope, 1 level": {"method": "hope", "levels": 1, "keep": True},
+    "hope, 4 levels": {"method": "hope", "levels": 4, "keep": True},
+    "hope, 4 levels, nothing kept": {"method": "hope", "levels": 4},
     "fine-tuning, same blocks": {"method": "mlp"},
     "fine-tuning, all weights": {"method": "all"},
     "ewc": {"method": "ewc"},
@@ -50,15 +52,16 @@ METHODS = {
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "smoke": dict(model="tiny", window=64, tokens=256, held_out=64, questions=2, items=2, chats=1, windows=1, rank=2),
-    "cpu": dict(model="smollm2", window=512, tokens=4096, held_out=768, questions=15, items=60, chats=20, windows=6)
+    "cpu": dict(model="smollm2", window=512, tokens=4096, held_out=768, questions=15, items=60, chats=40, windows=6)
     | dict(rank=64),
     "gpu": dict(model="smollm2", window=512, tokens=131072, held_out=8192, questions=200, items=1000, chats=200)
     | dict(windows=64, rank=64),
 }
 RATES = {"smoke": (1e-3, 3e-3), "cpu": (3e-5, 1e-4, 3e-4), "gpu": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)}
 SEEDS = {"smoke": (0,), "cpu": (0,), "gpu": (0, 1, 2)}
+LONGER = 4  # Hope's rates where it keeps something, in units of the others': its steps are shortened by what is kept
 STRENGTH = 0.1  # of EWC; with 1 its gain stays below half of the others'
-PROSE = 8  # windows of WikiText-2's training text that EWC takes the importance of weights from before it learns
+PROSE = 8  # windows of WikiText-2's training text: EWC takes the importance of weights from them, Hope what it keeps
 OLD = {  # what may be lost: how it is called, and the sign that makes a rise bad
     "prose_nats": ("WikiText-2, nats a token", 1),
     "chat_nats": ("its own chat replies, nats a token", 1),
@@ -77,7 +80,8 @@ def plan(scale: str, data: str | None) -> Plan:
         reason = missing
         if given["method"] == "lora" and importlib.util.find_spec("peft") is None:
             reason = missing or "peft is not installed: pip install 'nestlearn[peft]'"
-        rows += [Row(name, f"lr {lr:g}", given, reason, (lr,)) for lr in RATES[scale]]
+        rates = [lr * LONGER if given.get("keep") else lr for lr in RATES[scale]]
+        rows += [Row(name, f"lr {lr:g}", given, reason, (lr,)) for lr in rates]
     return Plan("knowledge", read_stream, recipe, rows, RATES[scale][:1], SEEDS[scale], ("held_out",), data)
 
 
@@ -95,7 +99,8 @@ def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
     gain, losses = matched(lines)
     parts = [
         "The model reads four domains one after the other, each window once, at every learning rate that the last "
-        "table names; nothing was chosen among them. The gain is the fall of the loss on held-"
+        "table names; nothing was chosen among them. Hope leaves alone what the model answers to the prose that EWC is "
+        "given too, if nothing else is said. The gain is the fall of the loss on held-"
         "out passages, a mean over the domains at the end of the stream; a loss of what it could do is the rise of its "
         "nats or the fall of its accuracy.\n"
     ]
@@ -123,6 +128,7 @@ def read_stream(
     windows: int,
     rank: int,
     levels: int = 0,
+    keep: bool = False,
 ) -> dict[str, Any]:
     """A cell: one method reads the stream at one learning rate.
 
@@ -138,6 +144,7 @@ def read_stream(
         items, chats, windows: of `Abilities`.
         rank: of LoRA.
         levels: of Hope.
+        keep: whether Hope leaves alone what the model answers to the prose that EWC is given, too.
 
     Returns ``held_out`` (nats per token, the mean over the domains) and ``held_out_NAME`` of each domain, ``asked``
     (percent of the questions right), what `Abilities.measure` gives, ``refused`` windows, and ``parameters``.
@@ -147,9 +154,12 @@ def read_stream(
     late = LateModel(network, 0)
     known = Abilities(late, tokenizer, data, items, chats, windows)
     domains = load_domains(data, tokenizer, tokens, held_out, questions, seed)
+    prose = detokenise((Path(data) / "wikitext2/train.txt").read_text(encoding="utf-8")[: 3000 * PROSE])
     parameters, refused = 0, 0
     if method == "hope":
         converted = _convert(network, levels, window, lr)
+        if keep:
+            converted.keep(tokenizer, prose)
         parameters = sum(level.parameters for level in converted.levels)
         learner = ContinualLearner(converted, tokenizer, window=window)
         refused = sum(len(learner.read(domain.read).skipped) for domain in domains)
@@ -157,7 +167,6 @@ def read_stream(
     else:
         rule = _rule(network, method, lr, rank)
         if method == "ewc":
-            prose = detokenise((Path(data) / "wikitext2/train.txt").read_text(encoding="utf-8")[: 3000 * PROSE])
             rule.end_group(_losses(late, tokenizer, prose, window)[:PROSE])
         if method != "none":
             parameters = rule.parameters
