@@ -20,8 +20,8 @@ from nestlearn.ops.linear import LinearKernel
 from nestlearn.ops.mlp import MLPKernel
 from nestlearn.ops.rule import GATES, REACH, Start
 from nestlearn.ops.state import CoreState
-from nestlearn.ops.triton.linear_backward import linear_backward
-from nestlearn.ops.triton.linear_forward import linear_forward
+from nestlearn.ops.triton.linear_backward import backward_room, linear_backward
+from nestlearn.ops.triton.linear_forward import forward_room, linear_forward
 from nestlearn.ops.triton.support import unsupported
 
 INTERPRETED = not isinstance(linear_forward, triton.JITFunction)
@@ -88,11 +88,18 @@ def _constants(kernel: LinearKernel, clock: Tensor, counts: Tensor, x: Tensor) -
     accumulates = torch.zeros(heads, dtype=torch.bool) if start.accumulates is None else start.accumulates
     read = [t.to(x.device, torch.int32) for t in (accumulates, clock % rule.chunk_size, counts)]
     numbers = heads, tokens, most, d, rule.chunk_size, rule.eta_max, rule.stretch, rule.norm_limit, REACH
-    c, width = (triton.next_power_of_2(max(n, SHORTEST)) for n in (rule.chunk_size, d))
-    # Products of bfloat16 inputs are rounded to their precision and a little more, those of float32 are not.
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    tiles = {"C": c, "D": width, "LEVELS": c.bit_length() - 1, "PRECISION": precision}
-    return most, read, numbers, tiles | {"num_warps": 4 if width <= 32 else 8, "num_stages": 1}
+    return most, read, numbers, tile_sizes(rule.chunk_size, d, x.dtype)
+
+
+def tile_sizes(chunk: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What both kernels are compiled for, from tokens of a chunk, channels of a head, and the precision of the inputs.
+
+    Products of bfloat16 inputs are rounded to their precision and a little more, those of float32 are not. The latter
+    hold a block of both operands in registers, the former in shared memory: a wider one spilled more.
+    """
+    c, d = (triton.next_power_of_2(max(n, SHORTEST)) for n in (chunk, width))
+    precision, block = ("ieee", 16) if dtype == torch.float32 else ("tf32", 32)
+    return {"C": c, "D": d, "BLOCK": block, "P": precision, "num_warps": 4 if max(c, d) <= 32 else 8, "num_stages": 1}
 
 
 class LinearSequence(torch.autograd.Function):
@@ -124,7 +131,8 @@ class LinearSequence(torch.autograd.Function):
         ends = base.new_empty(*q.shape[:2], *base.shape[1:]), base.new_empty(*q.shape[:2], *base.shape[1:])
         *inputs, current, anchor = _dense(given)
         programs = q.shape[0] * q.shape[1]
-        outputs = y, kept, *ends
+        scratch = base.new_empty(programs, forward_room(tiles["C"], tiles["D"]))
+        outputs = y, kept, *ends, scratch
         _launch(linear_forward, programs, *inputs, *read, current, anchor, *outputs, *numbers, KEEP=keep, **tiles)
         ctx.by_chunks, ctx.run = by_chunks, run
         ctx.save_for_backward(*given, kept)
@@ -144,8 +152,10 @@ class LinearSequence(torch.autograd.Function):
         d_shared = [base.new_zeros(batch, *t.shape) for t in inputs[5:]]
         d_states = base.new_empty(anchor.shape), base.new_zeros(anchor.shape)
         outer = [t.contiguous() for t in (d_y, d_current, d_anchor)]
-        outputs = *d_inputs, *d_shared, *d_states
-        _launch(linear_backward, batch * q.shape[1], *inputs, *read, kept, anchor, *outer, *outputs, *numbers, **tiles)
+        programs = batch * q.shape[1]
+        scratch = base.new_empty(programs, backward_room(tiles["C"], tiles["D"]))
+        outputs = *d_inputs, *d_shared, *d_states, scratch
+        _launch(linear_backward, programs, *inputs, *read, kept, anchor, *outer, *outputs, *numbers, **tiles)
         d_base, d_bias, d_scale, d_erase = (t.sum(0) for t in d_shared)
         return None, None, *d_inputs, d_base, d_bias, d_scale, None if erase is None else d_erase, *d_states
 

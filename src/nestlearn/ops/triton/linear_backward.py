@@ -1,8 +1,8 @@
 """Kernel: the backward pass of ``linear_forward``, by recomputation from the states it kept at segment boundaries.
 
-The derivative by the five states stays on the chip from the last token to the first; a segment's states are loaded
-again, and its keys, values, tables and writes computed again. Names and formulas are those of ``ops.linear_adjoint``;
-``d_x`` is the derivative of the loss by x.
+The square memories are taken one after another. A segment's states are loaded again, and its keys, values, tables and
+writes computed again; they and the derivatives by the states are tiles of the program in global memory (``scratch``).
+Names and formulas are those of ``ops.linear_adjoint``; ``d_x`` is the derivative of the loss by x.
 """
 
 from __future__ import annotations
@@ -10,95 +10,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nestlearn.ops.triton.gate_memories import gate_rows, row_adjoint, written_gate_adjoint
+from nestlearn.ops.triton.scratch import by_blocks, fetch, put, triangular_inverse
 from nestlearn.ops.triton.tiles import (
     along,
     gates,
-    limited,
-    load_memories,
+    limit_adjoint,
     load_row,
     load_rows,
     load_tokens,
-    product,
+    shares,
     shrink,
-    store_memories,
     store_row,
     store_rows,
     store_tokens,
-    tables,
     unit,
     unit_adjoint,
 )
 
 
-@triton.jit
-def limit_adjoint(s, d_limited, squares, overlap, most):
-    """By a state before the norm limit, from its summed squares and its product with the derivative after it."""
-    factor = shrink(squares, most)
-    return d_limited * factor - s * tl.where(squares > most, factor / tl.maximum(squares, most) * overlap, 0.0)
+def backward_room(c: int, d: int) -> int:
+    """Numbers that a program's tiles take: thirteen of D x D, two of D, twelve of C x D, three of C x C."""
+    return (13 * d + 2 + 12 * c) * d + 3 * c * c
 
 
 @triton.jit
-def written_adjoint(
-    v, w, s, d_s, eta, scale, given, erasing, final, end, inverted, scores, d_y, READ: tl.constexpr, P: tl.constexpr
-):
-    """A memory w, s (D, D), whose next state has the derivative d_s; the one that is READ has d_y (C, D).
-
-    Returns derivatives by v, ``final`` and ``erasing`` (C, D); by step sizes (C,) in units of the scale; by the
-    logarithm of ``end``; by T (C, C) as far as below the diagonal; by s and w (D, D); and, of the one that is read, by
-    the scores (C, C).
-    """
-    u = product(v, tl.trans(w), P)
-    factor = tl.rsqrt(tl.maximum(tl.sum(u * u, 1), 1.0))
-    factor = tl.where(given, 1.0, factor)
-    u = tl.where(given, v, u)
-    step = eta * scale
-    z = u * (step * factor)[:, None] - product(erasing, tl.trans(s), P)
-    z = product(inverted, z, P)
-
-    d_z = product(final, tl.trans(d_s), P)
-    d_final = product(z, d_s, P)
-    d_before = d_s * end
-    d_log_end = tl.sum(d_before * s)
-    d_scores = tl.zeros_like(inverted)
-    if READ:
-        d_z += product(tl.trans(scores), d_y, P)
-        d_scores = product(d_y, tl.trans(z), P)
-    d_z = product(tl.trans(inverted), d_z, P)
-    d_t = -product(d_z, tl.trans(z), P)
-    d_erasing = -product(d_z, s, P)
-    d_before -= product(tl.trans(d_z), erasing, P)
-
-    # With t = factor u, d_u = factor (d_t - [clipped] t (t . d_t)).
-    met = tl.sum(u * d_z, 1)
-    turn = tl.where(factor < 1, step * met * factor * factor * factor, 0.0)
-    d_u = d_z * (step * factor)[:, None] - u * turn[:, None]
-    d_v = tl.where(given, d_u, product(d_u, w, P))
-    d_w = tl.where(given, 0.0, product(tl.trans(d_u), v, P))
-    return d_v, d_final, d_erasing, met * factor, d_log_end, d_t, d_before, d_w, d_scores
-
-
-@triton.jit
-def written_gate_adjoint(v, w, s, d_s, eta, scale, erasing, final, end, inverted):
-    """The same for a gate's memory, w, s and d_s (D,)."""
-    u = along(v, w)
-    factor = tl.rsqrt(tl.maximum(u * u, 1.0))
-    step = eta * scale
-    z = along(inverted, u * factor * step - along(erasing, s))
-
-    d_z = along(final, d_s)
-    d_final = z[:, None] * d_s[None, :]
-    d_before = d_s * end
-    d_log_end = tl.sum(d_before * s)
-    d_z = tl.sum(inverted * d_z[:, None], 0)
-    d_t = -d_z[:, None] * z[None, :]
-    d_erasing = -d_z[:, None] * s[None, :]
-    d_before -= tl.sum(d_z[:, None] * erasing, 0)
-
-    met = u * d_z
-    d_u = d_z * step * factor - u * tl.where(factor < 1, step * met * factor * factor * factor, 0.0)
-    d_v = d_u[:, None] * w[None, :]
-    d_w = tl.sum(d_u[:, None] * v, 0)
-    return d_v, d_final, d_erasing, met * factor, d_log_end, d_t, d_before, d_w
+def added(totals, place, value):
+    """``totals`` (8,) with a number more at one place."""
+    return tl.where(tl.arange(0, 8) == place, totals + value, totals)
 
 
 @triton.jit(do_not_specialize=["tokens", "most_segments"])
@@ -131,26 +70,27 @@ def linear_backward(
     d_erase_ptr,
     d_current_ptr,
     d_anchor_ptr,
+    scratch_ptr,
     heads,
     tokens,
     most_segments,
-    d,
-    chunk,
+    d: tl.constexpr,
+    chunk: tl.constexpr,
     eta_max,
     stretch,
     norm_limit,
     reach,
     C: tl.constexpr,
     D: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    P: tl.constexpr,
 ):
     """Shapes as in ``linear_forward``. Of what the heads of all sequences share, each program leaves its own part:
-    d_base (B, H, R, d), zero before; d_bias (B, H, 2); d_scale (B, H, 5); d_erase (B, H)."""
+    d_base (B, H, R, d), zero before; d_bias (B, H, 2); d_scale (B, H, 5); d_erase (B, H); scratch (B, H,
+    ``backward_room``)."""
     n = tl.program_id(0).to(tl.int64)
     b, h = n // heads, n % heads
     size = (2 + 3 * d) * d
-    at_k, at_v, at_m = 2 * d, (2 + d) * d, (2 + 2 * d) * d
     sequence = n * tokens * d
     base_ptr += h * size
     anchor_ptr += n * size
@@ -161,149 +101,199 @@ def linear_backward(
     d_current_ptr += n * size
     d_anchor_ptr += n * size
 
+    w_at = scratch_ptr + n * ((13 * D + 2 + 12 * C) * D + 3 * C * C)
+    s_at = w_at + 3 * D * D
+    d_s_at = s_at + 3 * D * D
+    d_w_at = d_s_at + 3 * D * D
+    read_at = d_w_at + 3 * D * D + 2 * D
+    x_at = read_at + D * D  # of keys, of values
+    k_at = x_at + 2 * C * D
+    v_at = k_at + C * D
+    q_at = v_at + C * D
+    d_y_at = q_at + C * D
+    erasing_at = d_y_at + C * D
+    u_at = erasing_at + C * D
+    z_at = u_at + C * D
+    d_z_at = z_at + C * D
+    d_k_at = d_z_at + C * D
+    d_v_at = d_k_at + C * D
+    inverted_at = d_v_at + C * D
+    scores_at = inverted_at + C * C
+    ratio_at = scores_at + C * C
+
     given = tl.load(accumulates_ptr + h) != 0
     limit = norm_limit * tl.where(given, reach, 1.0)
     limit = limit * limit
     erase = tl.load(erase_ptr + h)
     bias_eta, bias_alpha = tl.load(bias_ptr + 2 * h), tl.load(bias_ptr + 2 * h + 1)
     scale_ptr += h * 5
-    scale_eta, scale_alpha = tl.load(scale_ptr), tl.load(scale_ptr + 1)
-    scale_k, scale_v, scale_m = tl.load(scale_ptr + 2), tl.load(scale_ptr + 3), tl.load(scale_ptr + 4)
     early = (tl.load(clock_ptr + b) % chunk).to(tl.int32)
     count = tl.load(lengths_ptr + b).to(tl.int32)
     segments = tl.where(count > 0, (early + count + chunk - 1) // chunk, 0)
-    no = n < 0  # no memory but the main one is written with v itself
 
-    d_s_eta, d_s_alpha, d_s_k, d_s_v, d_s_m = load_memories(d_new_current_ptr, d, D)
     place = tl.arange(0, C)
     below = place[:, None] > place[None, :]
-    # Sums over tokens, one place of a segment each.
-    sum_eta = tl.zeros([C], tl.float32)
-    sum_alpha = tl.zeros([C], tl.float32)
-    sum_erase = tl.zeros([C], tl.float32)
-    sum_scale_eta = tl.zeros([C], tl.float32)
-    sum_scale_alpha = tl.zeros([C], tl.float32)
-    sum_scale_k = tl.zeros([C], tl.float32)
-    sum_scale_v = tl.zeros([C], tl.float32)
-    sum_scale_m = tl.zeros([C], tl.float32)
-
+    totals = tl.zeros([8], tl.float32)  # by the five scales, the two biases, the share of the erasure
+    store_row(d_current_ptr, load_row(d_new_current_ptr, d, D), d, D)
+    store_row(d_current_ptr + d, load_row(d_new_current_ptr + d, d, D), d, D)
+    for i in range(3):
+        put(d_s_at + i * D * D, load_rows(d_new_current_ptr + (2 + i * d) * d, d, D), D, D)
+    put(read_at, load_rows(base_ptr + (2 + 2 * d) * d, d, D), D, D)
     if segments == 0:
-        c_eta, c_alpha, c_k, c_v, c_m = load_memories(d_new_anchor_ptr, d, D)
-        store_memories(d_anchor_ptr, c_eta, c_alpha, c_k, c_v, c_m, d, D)
+        store_row(d_anchor_ptr, load_row(d_new_anchor_ptr, d, D), d, D)
+        store_row(d_anchor_ptr + d, load_row(d_new_anchor_ptr + d, d, D), d, D)
+        for i in range(3):
+            at = (2 + i * d) * d
+            store_rows(d_anchor_ptr + at, load_rows(d_new_anchor_ptr + at, d, D), d, D)
 
     for back in range(segments):
         g = segments - 1 - back
         # Recomputed: states, anchors, and what they make of the tokens.
         moved = (g > 0) | (early == 0)
         kept = kept_ptr + tl.cast(g, tl.int64) * size
-        s_eta, s_alpha, s_k, s_v, s_m = load_memories(kept, d, D)
-        if moved:
-            s_eta, s_alpha, s_k, s_v, s_m = limited(s_eta, s_alpha, s_k, s_v, s_m, limit, d)
-            w_eta, w_alpha, w_k, w_v, w_m = s_eta, s_alpha, s_k, s_v, s_m
-        else:
-            w_eta, w_alpha, w_k, w_v, w_m = load_memories(anchor_ptr, d, D)
-        w_eta += load_row(base_ptr, d, D)
-        w_alpha += load_row(base_ptr + d, d, D)
-        w_k += load_rows(base_ptr + at_k, d, D)
-        w_v += load_rows(base_ptr + at_v, d, D)
-        w_m += load_rows(base_ptr + at_m, d, D)
+        for i in range(3):
+            at = (2 + i * d) * d
+            s = load_rows(kept + at, d, D)
+            if moved:
+                s *= shrink(tl.sum(s * s), limit * d)
+            put(s_at + i * D * D, s, D, D)
+            if not moved:
+                s = load_rows(anchor_ptr + at, d, D)
+            put(w_at + i * D * D, load_rows(base_ptr + at, d, D) + s, D, D)
 
-        t = g * chunk - early + place
-        valid = (place < chunk) & (t >= 0) & (t < count)
-        x_eta = load_tokens(x_eta_ptr + sequence, t, valid, d, D)
-        x_alpha = load_tokens(x_alpha_ptr + sequence, t, valid, d, D)
-        eta, log_alpha, slope, opening = gates(
-            along(x_eta, w_eta) + bias_eta, along(x_alpha, w_alpha) + bias_alpha, valid, eta_max, stretch
-        )
-        x_k = load_tokens(x_k_ptr + sequence, t, valid, d, D)
-        x_v = load_tokens(x_v_ptr + sequence, t, valid, d, D)
-        q, q_factor = unit(load_tokens(q_ptr + sequence, t, valid, d, D))
-        d_y = load_tokens(d_y_ptr + sequence, t, valid, d, D)
-        k, k_factor = unit(product(x_k, tl.trans(w_k), PRECISION))
-        v, v_factor = unit(product(x_v, tl.trans(w_v), PRECISION))
-        gamma, last, strength, ratio, overlap, inverted = tables(k, eta, log_alpha, erase, C, LEVELS, PRECISION)
-        erasing = k * (strength * gamma)[:, None]
-        final = k * last[:, None]
+        start = g * chunk - early  # the token at the first place; where it is before the sequence, it does not count
+        valid = (place < chunk) & (place >= -start) & (place < count - start)
+        piece = sequence + tl.cast(start, tl.int64) * d
+        _, w_eta = gate_rows(kept, base_ptr, anchor_ptr, 0, moved, limit, d, D)
+        _, w_alpha = gate_rows(kept, base_ptr, anchor_ptr, d, moved, limit, d, D)
+        raw_eta = along(load_tokens(x_eta_ptr + piece, place, valid, d, D), w_eta) + bias_eta
+        raw_alpha = along(load_tokens(x_alpha_ptr + piece, place, valid, d, D), w_alpha) + bias_alpha
+        eta, log_alpha, slope, opening = gates(raw_eta, raw_alpha, valid, eta_max, stretch)
+        put(d_y_at, load_tokens(d_y_ptr + piece, place, valid, d, D), C, D)
+        q, q_factor = unit(load_tokens(q_ptr + piece, place, valid, d, D))
+        put(q_at, q, C, D)
+        put(x_at, load_tokens(x_k_ptr + piece, place, valid, d, D), C, D)
+        put(x_at + C * D, load_tokens(x_v_ptr + piece, place, valid, d, D), C, D)
+        k, k_factor = unit(by_blocks(x_at, w_at, C, D, D, False, True, BLOCK, P))
+        put(k_at, k, C, D)
+        v, v_factor = unit(by_blocks(x_at + C * D, w_at + D * D, C, D, D, False, True, BLOCK, P))
+        put(v_at, v, C, D)
+        gamma, last, strength, ratio = shares(eta, log_alpha, erase, C)
         end = tl.exp(tl.sum(log_alpha, 0))
-        scores = product(q, tl.trans(k), PRECISION) * ratio
+        erasing = strength * gamma  # of each token's key
+        put(erasing_at, k * erasing[:, None], C, D)
+        overlap = tl.where(below, by_blocks(k_at, k_at, C, C, D, False, True, BLOCK, P) * ratio, 0.0)
+        inverted = triangular_inverse(overlap * strength[:, None], C)
+        put(inverted_at, inverted, C, C)
+        put(scores_at, by_blocks(q_at, k_at, C, C, D, False, True, BLOCK, P) * ratio, C, C)
+        put(ratio_at, ratio, C, C)
 
-        # The memories: what is written, what is read, the state at the end.
-        d_v, d_final, d_erasing, d_step, d_log_end, d_t, d_before, d_w_m, d_scores = written_adjoint(
-            v, w_m, s_m, d_s_m, eta, scale_m, given, erasing, final, end, inverted, scores, d_y, True, PRECISION
-        )
-        d_q = product(d_y, s_m, PRECISION) * gamma[:, None]
+        # The square memories: what is written, and the state at the end. ``met`` is what a key meets of the derivative
+        # by the key that erases.
+        put(d_v_at, tl.zeros([C, D], tl.float32), C, D)
+        put(d_k_at, tl.zeros([C, D], tl.float32), C, D)
+        d_t = tl.zeros([C, C], tl.float32)
+        d_eta = tl.zeros([C], tl.float32)
+        d_log_last = tl.zeros([C], tl.float32)
+        met = tl.zeros([C], tl.float32)
+        d_log_end = 0.0
+        for i in range(3):
+            w_i, s_i, d_s_i = w_at + i * D * D, s_at + i * D * D, d_s_at + i * D * D
+            free = given & (i == 2)  # written with v itself
+            u = by_blocks(v_at, w_i, C, D, D, False, True, BLOCK, P)
+            factor = tl.rsqrt(tl.maximum(tl.sum(u * u, 1), 1.0))
+            if free:
+                u = fetch(v_at, C, D)
+                factor = tl.full([C], 1.0, tl.float32)
+            put(u_at, u, C, D)
+            scale = tl.load(scale_ptr + 2 + i)
+            step = eta * scale
+            written = u * (step * factor)[:, None] - by_blocks(erasing_at, s_i, C, D, D, False, True, BLOCK, P)
+            put(z_at, written, C, D)
+            put(z_at, by_blocks(inverted_at, z_at, C, D, C, False, False, BLOCK, P), C, D)
+
+            d_written = by_blocks(k_at, d_s_i, C, D, D, False, True, BLOCK, P) * last[:, None]
+            if i == 2:
+                d_written += by_blocks(scores_at, d_y_at, C, D, C, True, False, BLOCK, P)
+            put(d_z_at, d_written, C, D)
+            d_written = by_blocks(inverted_at, d_z_at, C, D, C, True, False, BLOCK, P)
+            put(d_z_at, d_written, C, D)
+
+            # With r = factor u, d_u = factor (d_r - [clipped] r (r . d_r)).
+            u = fetch(u_at, C, D)
+            met_u = tl.sum(u * d_written, 1)
+            d_eta += met_u * factor * scale
+            totals = added(totals, 2 + i, tl.sum(met_u * factor * eta))
+            turn = tl.where(factor < 1, step * met_u * factor * factor * factor, 0.0)
+            put(u_at, d_written * (step * factor)[:, None] - u * turn[:, None], C, D)
+            if free:
+                put(d_v_at, fetch(d_v_at, C, D) + fetch(u_at, C, D), C, D)
+                put(d_w_at + i * D * D, tl.zeros([D, D], tl.float32), D, D)
+            else:
+                more = by_blocks(u_at, w_i, C, D, D, False, False, BLOCK, P)
+                put(d_v_at, fetch(d_v_at, C, D) + more, C, D)
+                d_w = by_blocks(u_at, v_at, D, D, C, True, False, BLOCK, P)
+                put(d_w_at + i * D * D, d_w, D, D)
+
+            d_t -= by_blocks(d_z_at, z_at, C, C, D, False, True, BLOCK, P)
+            keys = fetch(k_at, C, D)
+            more = by_blocks(z_at, d_s_i, C, D, D, False, False, BLOCK, P) * last[:, None]
+            put(d_k_at, fetch(d_k_at, C, D) + more, C, D)
+            d_log_last += tl.sum(more * keys, 1)
+            more = by_blocks(d_z_at, s_i, C, D, D, False, False, BLOCK, P)
+            put(d_k_at, fetch(d_k_at, C, D) - more * erasing[:, None], C, D)
+            met -= tl.sum(more * keys, 1)
+            d_log_end += tl.sum(fetch(d_s_i, D, D) * fetch(s_i, D, D)) * end
+            d_state = by_blocks(d_z_at, erasing_at, D, D, C, True, False, BLOCK, P)
+            put(d_s_i, fetch(d_s_i, D, D) * end - d_state, D, D)
+
+        # The read. What the main memory wrote is still at z.
+        q = fetch(q_at, C, D)
+        d_scores = by_blocks(d_y_at, z_at, C, C, D, False, True, BLOCK, P)
+        d_log_ratio = d_scores * fetch(scores_at, C, C)
+        put(scores_at, d_scores * fetch(ratio_at, C, C), C, C)
+        d_q = by_blocks(d_y_at, s_at + 2 * D * D, C, D, D, False, False, BLOCK, P) * gamma[:, None]
         d_log_gamma = tl.sum(d_q * q, 1)
-        d_s_m = d_before + product(tl.trans(d_y), q * gamma[:, None], PRECISION)
-        d_log_ratio = d_scores * scores
-        d_scores *= ratio
-        d_q += product(d_scores, k, PRECISION)
-        d_q += product(d_y, load_rows(base_ptr + at_m, d, D), PRECISION)
-        store_tokens(d_q_ptr + sequence, unit_adjoint(q, q_factor, d_q), t, valid, d, D)
-        d_k = product(tl.trans(d_scores), q, PRECISION)
-        d_eta = d_step * scale_m
-        sum_scale_m += d_step * eta
+        d_q += by_blocks(scores_at, k_at, C, D, C, False, False, BLOCK, P)
+        d_q += by_blocks(d_y_at, read_at, C, D, D, False, False, BLOCK, P)
+        store_tokens(d_q_ptr + piece, unit_adjoint(q, q_factor, d_q), place, valid, d, D)
+        more = by_blocks(scores_at, q_at, C, D, C, True, False, BLOCK, P)
+        put(d_k_at, fetch(d_k_at, C, D) + more, C, D)
+        put(u_at, q * gamma[:, None], C, D)
+        d_state = by_blocks(d_y_at, u_at, D, D, C, True, False, BLOCK, P)
+        put(d_s_at + 2 * D * D, fetch(d_s_at + 2 * D * D, D, D) + d_state, D, D)
 
-        more_v, more_final, more_erasing, d_step, more_end, more_t, d_before, d_w_v, _ = written_adjoint(
-            v, w_v, s_v, d_s_v, eta, scale_v, no, erasing, final, end, inverted, scores, d_y, False, PRECISION
-        )
-        d_v += more_v
-        d_final += more_final
-        d_erasing += more_erasing
-        d_log_end += more_end
-        d_t += more_t
-        d_s_v = d_before
-        d_eta += d_step * scale_v
-        sum_scale_v += d_step * eta
-
-        more_v, more_final, more_erasing, d_step, more_end, more_t, d_before, d_w_k, _ = written_adjoint(
-            v, w_k, s_k, d_s_k, eta, scale_k, no, erasing, final, end, inverted, scores, d_y, False, PRECISION
-        )
-        d_v += more_v
-        d_final += more_final
-        d_erasing += more_erasing
-        d_log_end += more_end
-        d_t += more_t
-        d_s_k = d_before
-        d_eta += d_step * scale_k
-        sum_scale_k += d_step * eta
-
-        more_v, more_final, more_erasing, d_step, more_end, more_t, d_before, d_w_eta = written_gate_adjoint(
-            v, w_eta, s_eta, d_s_eta, eta, scale_eta, erasing, final, end, inverted
-        )
-        d_v += more_v
-        d_final += more_final
-        d_erasing += more_erasing
-        d_log_end += more_end
-        d_t += more_t
-        d_s_eta = d_before
-        d_eta += d_step * scale_eta
-        sum_scale_eta += d_step * eta
-
-        more_v, more_final, more_erasing, d_step, more_end, more_t, d_before, d_w_alpha = written_gate_adjoint(
-            v, w_alpha, s_alpha, d_s_alpha, eta, scale_alpha, erasing, final, end, inverted
-        )
-        d_v += more_v
-        d_final += more_final
-        d_erasing += more_erasing
-        d_log_end += more_end
-        d_t += more_t
-        d_s_alpha = d_before
-        d_eta += d_step * scale_alpha
-        sum_scale_alpha += d_step * eta
+        # The memories of the gates.
+        for i in range(2):
+            s_row, w_row = gate_rows(kept, base_ptr, anchor_ptr, i * d, moved, limit, d, D)
+            d_s_row = load_row(d_current_ptr + i * d, d, D)
+            keys = fetch(k_at, C, D)
+            scale = tl.load(scale_ptr + i)
+            wrote, d_wrote, d_made, d_step, d_before_row, d_w_row, more_end, met_last, erased = written_gate_adjoint(
+                fetch(v_at, C, D), keys, w_row, s_row, d_s_row, eta, scale, erasing, last, end, fetch(inverted_at, C, C)
+            )
+            more = (wrote * last)[:, None] * d_s_row[None, :] - (d_wrote * erasing)[:, None] * s_row[None, :]
+            put(d_k_at, fetch(d_k_at, C, D) + more, C, D)
+            put(d_v_at, fetch(d_v_at, C, D) + d_made[:, None] * w_row[None, :], C, D)
+            d_t -= d_wrote[:, None] * wrote[None, :]
+            d_log_last += wrote * met_last * last
+            met -= d_wrote * erased
+            d_eta += d_step * scale
+            d_log_end += more_end
+            totals = added(totals, i, tl.sum(d_step * eta))
+            store_row(d_current_ptr + i * d, d_before_row, d, D)
+            store_row(d_w_at + 3 * D * D + i * D, d_w_row, D, D)
 
         # The tables: from T, the erasing keys and the keys at the end to keys and gates.
+        ratio = fetch(ratio_at, C, C)
         d_t = tl.where(below, d_t, 0.0)
-        d_k += d_final * last[:, None] + d_erasing * (strength * gamma)[:, None]
-        d_log_last = tl.sum(d_final * final, 1)
-        met = tl.sum(d_erasing * k, 1)
-        d_overlap = d_t * overlap
+        d_overlap = d_t * ratio * by_blocks(k_at, k_at, C, C, D, False, True, BLOCK, P)
         d_strength = tl.sum(d_overlap, 1) + met * gamma
         d_log_ratio += d_overlap * strength[:, None]
-        d_log_gamma += met * strength * gamma
-        d_product = d_t * strength[:, None] * ratio
-        d_k += product(d_product + tl.trans(d_product), k, PRECISION)
+        d_log_gamma += met * erasing
+        put(scores_at, d_t * strength[:, None] * ratio, C, C)
         less = tl.exp(-log_alpha)
-        sum_erase += d_strength * less * eta
+        totals = added(totals, 7, tl.sum(d_strength * less * eta))
         d_eta += d_strength * less * erase
         d_log = d_log_gamma + tl.sum(d_log_ratio, 1) - tl.sum(d_log_ratio, 0) - d_log_last
         # log gamma sums log alpha up to a token, the end all of it.
@@ -313,58 +303,55 @@ def linear_backward(
         # Gates and projections.
         d_raw_eta = d_eta * slope
         d_raw_alpha = (d_log_alpha + d_eta * eta) * opening
-        sum_eta += d_raw_eta
-        sum_alpha += d_raw_alpha
-        d_w_eta += tl.sum(d_raw_eta[:, None] * x_eta, 0)
-        d_w_alpha += tl.sum(d_raw_alpha[:, None] * x_alpha, 0)
-        store_tokens(d_x_eta_ptr + sequence, d_raw_eta[:, None] * w_eta[None, :], t, valid, d, D)
-        store_tokens(d_x_alpha_ptr + sequence, d_raw_alpha[:, None] * w_alpha[None, :], t, valid, d, D)
-        d_k = unit_adjoint(k, k_factor, d_k)
-        d_v = unit_adjoint(v, v_factor, d_v)
-        d_w_k += product(tl.trans(d_k), x_k, PRECISION)
-        d_w_v += product(tl.trans(d_v), x_v, PRECISION)
-        store_tokens(d_x_k_ptr + sequence, product(d_k, w_k, PRECISION), t, valid, d, D)
-        store_tokens(d_x_v_ptr + sequence, product(d_v, w_v, PRECISION), t, valid, d, D)
+        totals = added(added(totals, 5, tl.sum(d_raw_eta)), 6, tl.sum(d_raw_alpha))
+        x_gate = load_tokens(x_eta_ptr + piece, place, valid, d, D)
+        d_w_eta = load_row(d_w_at + 3 * D * D, D, D) + tl.sum(d_raw_eta[:, None] * x_gate, 0)
+        x_gate = load_tokens(x_alpha_ptr + piece, place, valid, d, D)
+        d_w_alpha = load_row(d_w_at + 3 * D * D + D, D, D) + tl.sum(d_raw_alpha[:, None] * x_gate, 0)
+        _, w_eta = gate_rows(kept, base_ptr, anchor_ptr, 0, moved, limit, d, D)
+        _, w_alpha = gate_rows(kept, base_ptr, anchor_ptr, d, moved, limit, d, D)
+        store_tokens(d_x_eta_ptr + piece, d_raw_eta[:, None] * w_eta[None, :], place, valid, d, D)
+        store_tokens(d_x_alpha_ptr + piece, d_raw_alpha[:, None] * w_alpha[None, :], place, valid, d, D)
+        put(d_z_at, unit_adjoint(fetch(v_at, C, D), v_factor, fetch(d_v_at, C, D)), C, D)
+        d_k = fetch(d_k_at, C, D)
+        d_k += by_blocks(scores_at, k_at, C, D, C, False, False, BLOCK, P)
+        d_k += by_blocks(scores_at, k_at, C, D, C, True, False, BLOCK, P)
+        put(z_at, unit_adjoint(fetch(k_at, C, D), k_factor, d_k), C, D)
+        d_x = by_blocks(z_at, w_at, C, D, D, False, False, BLOCK, P)
+        store_tokens(d_x_k_ptr + piece, d_x, place, valid, d, D)
+        d_x = by_blocks(d_z_at, w_at + D * D, C, D, D, False, False, BLOCK, P)
+        store_tokens(d_x_v_ptr + piece, d_x, place, valid, d, D)
 
-        # The anchors. What a program adds up in memory, another of its threads may have written.
-        tl.debug_barrier()
-        store_row(d_base_ptr, load_row(d_base_ptr, d, D) + d_w_eta, d, D)
-        store_row(d_base_ptr + d, load_row(d_base_ptr + d, d, D) + d_w_alpha, d, D)
-        store_rows(d_base_ptr + at_k, load_rows(d_base_ptr + at_k, d, D) + d_w_k, d, D)
-        store_rows(d_base_ptr + at_v, load_rows(d_base_ptr + at_v, d, D) + d_w_v, d, D)
-        d_base_m = load_rows(d_base_ptr + at_m, d, D) + d_w_m + product(tl.trans(d_y), q, PRECISION)
-        store_rows(d_base_ptr + at_m, d_base_m, d, D)
-        if g == segments - 1:  # its anchors are those that go on
-            d_w_eta += load_row(d_new_anchor_ptr, d, D)
-            d_w_alpha += load_row(d_new_anchor_ptr + d, d, D)
-            d_w_k += load_rows(d_new_anchor_ptr + at_k, d, D)
-            d_w_v += load_rows(d_new_anchor_ptr + at_v, d, D)
-            d_w_m += load_rows(d_new_anchor_ptr + at_m, d, D)
-        if moved:
-            d_w_eta += d_s_eta
-            s_eta = load_row(kept, d, D)
-            d_s_eta = limit_adjoint(s_eta, d_w_eta, tl.sum(s_eta * s_eta), tl.sum(s_eta * d_w_eta), limit)
-            d_w_alpha += d_s_alpha
-            s_alpha = load_row(kept + d, d, D)
-            d_s_alpha = limit_adjoint(s_alpha, d_w_alpha, tl.sum(s_alpha * s_alpha), tl.sum(s_alpha * d_w_alpha), limit)
-            d_w_k += d_s_k
-            s_k = load_rows(kept + at_k, d, D)
-            d_s_k = limit_adjoint(s_k, d_w_k, tl.sum(s_k * s_k), tl.sum(s_k * d_w_k), limit * d)
-            d_w_v += d_s_v
-            s_v = load_rows(kept + at_v, d, D)
-            d_s_v = limit_adjoint(s_v, d_w_v, tl.sum(s_v * s_v), tl.sum(s_v * d_w_v), limit * d)
-            d_w_m += d_s_m
-            s_m = load_rows(kept + at_m, d, D)
-            d_s_m = limit_adjoint(s_m, d_w_m, tl.sum(s_m * s_m), tl.sum(s_m * d_w_m), limit * d)
-        else:
-            store_memories(d_anchor_ptr, d_w_eta, d_w_alpha, d_w_k, d_w_v, d_w_m, d, D)
+        # The anchors; at the last segment they are those that go on.
+        ends = g == segments - 1
+        row_adjoint(
+            d_w_eta, d_current_ptr, d_base_ptr, d_new_anchor_ptr, d_anchor_ptr, kept, 0, ends, moved, limit, d, D
+        )
+        row_adjoint(
+            d_w_alpha, d_current_ptr, d_base_ptr, d_new_anchor_ptr, d_anchor_ptr, kept, d, ends, moved, limit, d, D
+        )
+        for i in range(3):
+            at = (2 + i * d) * d
+            d_w = fetch(d_w_at + i * D * D, D, D)
+            total = load_rows(d_base_ptr + at, d, D) + d_w
+            if i < 2:
+                made = by_blocks(z_at + i * C * D, x_at + i * C * D, D, D, C, True, False, BLOCK, P)
+                d_w += made
+            else:
+                made = by_blocks(d_y_at, q_at, D, D, C, True, False, BLOCK, P)
+            tl.debug_barrier()  # as in ``put``
+            store_rows(d_base_ptr + at, total + made, d, D)
+            if ends:
+                d_w += load_rows(d_new_anchor_ptr + at, d, D)
+            if moved:
+                d_w += fetch(d_s_at + i * D * D, D, D)
+                put(d_s_at + i * D * D, limit_adjoint(load_rows(kept + at, d, D), d_w, limit * d), D, D)
+            else:
+                store_rows(d_anchor_ptr + at, d_w, d, D)
 
-    store_memories(d_current_ptr, d_s_eta, d_s_alpha, d_s_k, d_s_v, d_s_m, d, D)
-    tl.store(d_bias_ptr + 2 * n, tl.sum(sum_eta, 0))
-    tl.store(d_bias_ptr + 2 * n + 1, tl.sum(sum_alpha, 0))
-    tl.store(d_erase_ptr + n, tl.sum(sum_erase, 0))
-    tl.store(d_scale_ptr + 5 * n, tl.sum(sum_scale_eta, 0))
-    tl.store(d_scale_ptr + 5 * n + 1, tl.sum(sum_scale_alpha, 0))
-    tl.store(d_scale_ptr + 5 * n + 2, tl.sum(sum_scale_k, 0))
-    tl.store(d_scale_ptr + 5 * n + 3, tl.sum(sum_scale_v, 0))
-    tl.store(d_scale_ptr + 5 * n + 4, tl.sum(sum_scale_m, 0))
+    for i in range(3):
+        store_rows(d_current_ptr + (2 + i * d) * d, fetch(d_s_at + i * D * D, D, D), d, D)
+    i = tl.arange(0, 8)
+    tl.store(d_scale_ptr + 5 * n + i, totals, mask=i < 5)
+    tl.store(d_bias_ptr + 2 * n + i - 5, totals, mask=(i == 5) | (i == 6))
+    tl.store(d_erase_ptr + n + i - 7, totals, mask=i == 7)

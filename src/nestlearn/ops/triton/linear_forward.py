@@ -1,8 +1,9 @@
 """Kernel: five linear memories along a sequence (Eq. 88, 92), forward. One program is one head of one sequence.
 
-The states of the five memories stay on the chip from the first token to the last. A segment's tokens end at a chunk
-boundary of the program's own clock, so sequences of a batch may stand anywhere in their chunks and have any length.
-Names and formulas are those of ``ops.linear_adjoint``.
+The square memories are taken one after another; their states, what they were set to at the last chunk boundary, keys,
+values and writes are tiles of the program in global memory (``scratch``). A segment's tokens end at a chunk boundary of
+the program's own clock, so sequences of a batch may stand anywhere in their chunks and have any length. Names and
+formulas are those of ``ops.linear_adjoint``.
 """
 
 from __future__ import annotations
@@ -10,36 +11,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nestlearn.ops.triton.gate_memories import written_gate
+from nestlearn.ops.triton.scratch import by_blocks, fetch, put, triangular_inverse
 from nestlearn.ops.triton.tiles import (
     along,
     gates,
-    limited,
-    load_memories,
     load_row,
     load_rows,
     load_tokens,
-    product,
-    store_memories,
+    shares,
+    shrink,
+    store_row,
+    store_rows,
     store_tokens,
-    tables,
     unit,
 )
 
 
-@triton.jit
-def written(v, w, s, step, given, erasing, inverted, PRECISION: tl.constexpr):
-    """``Z`` (C, D) of a memory with anchor w and state s, (D, D) each; ``given``: v in place of its own value."""
-    u = product(v, tl.trans(w), PRECISION)
-    factor = tl.rsqrt(tl.maximum(tl.sum(u * u, 1), 1.0))
-    z = tl.where(given, v, u * factor[:, None]) * step[:, None] - product(erasing, tl.trans(s), PRECISION)
-    return product(inverted, z, PRECISION)
-
-
-@triton.jit
-def written_gate(v, w, s, step, erasing, inverted):
-    """The same for a gate's memory, w and s (D,): Z (C,)."""
-    u = along(v, w)
-    return along(inverted, u * tl.rsqrt(tl.maximum(u * u, 1.0)) * step - along(erasing, s))
+def forward_room(c: int, d: int) -> int:
+    """Numbers that a program's tiles take: seven of D x D, five of C x D, two of C x C."""
+    return 7 * d * d + 5 * c * d + 2 * c * c
 
 
 @triton.jit(do_not_specialize=["tokens", "most_segments"])
@@ -62,28 +53,28 @@ def linear_forward(
     kept_ptr,
     new_current_ptr,
     new_anchor_ptr,
+    scratch_ptr,
     heads,
     tokens,
     most_segments,
-    d,
-    chunk,
+    d: tl.constexpr,
+    chunk: tl.constexpr,
     eta_max,
     stretch,
     norm_limit,
     reach,
     C: tl.constexpr,
     D: tl.constexpr,
-    LEVELS: tl.constexpr,
+    BLOCK: tl.constexpr,
     KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    P: tl.constexpr,
 ):
     """Shapes: inputs, q and y (B, H, T, d); base (H, R, d); states (B, H, R, d), R = 2 + 3 d, rows eta, alpha, k, v,
     memory; bias (H, 2); scale (H, 5); erase, accumulates (H,); clock, lengths (B,); kept (B, H, segments, R, d), the
-    state at the start of every segment, written if KEEP."""
+    state at the start of every segment, written if KEEP; scratch (B, H, ``forward_room``)."""
     n = tl.program_id(0).to(tl.int64)
     b, h = n // heads, n % heads
     size = (2 + 3 * d) * d
-    at_k, at_v, at_m = 2 * d, (2 + d) * d, (2 + 2 * d) * d
     sequence = n * tokens * d
     base_ptr += h * size
     current_ptr += n * size
@@ -91,6 +82,16 @@ def linear_forward(
     new_anchor_ptr += n * size
     new_current_ptr += n * size
     kept_ptr += n * most_segments * size
+    w_at = scratch_ptr + n * (7 * D * D + 5 * C * D + 2 * C * C)
+    s_at = w_at + 3 * D * D
+    read_at = s_at + 3 * D * D
+    k_at = read_at + D * D
+    v_at = k_at + C * D
+    q_at = v_at + C * D
+    final_at = q_at + C * D
+    z_at = final_at + C * D
+    inverted_at = z_at + C * D
+    scores_at = inverted_at + C * C
 
     scale_ptr += h * 5
     given = tl.load(accumulates_ptr + h) != 0
@@ -101,56 +102,92 @@ def linear_forward(
     count = tl.load(lengths_ptr + b).to(tl.int32)
     segments = tl.where(count > 0, (early + count + chunk - 1) // chunk, 0)
 
-    s_eta, s_alpha, s_k, s_v, s_m = load_memories(current_ptr, d, D)
     place = tl.arange(0, C)
-    no = n < 0  # no memory but the main one is written with v itself
-    if segments == 0:
-        c_eta, c_alpha, c_k, c_v, c_m = load_memories(anchor_ptr, d, D)
-        store_memories(new_anchor_ptr, c_eta, c_alpha, c_k, c_v, c_m, d, D)
+    below = place[:, None] > place[None, :]
+    s_eta, s_alpha = load_row(current_ptr, d, D), load_row(current_ptr + d, d, D)
+    a_eta, a_alpha = load_row(anchor_ptr, d, D), load_row(anchor_ptr + d, d, D)
+    for i in range(3):
+        at = (2 + i * d) * d
+        put(s_at + i * D * D, load_rows(current_ptr + at, d, D), D, D)
+        store_rows(new_anchor_ptr + at, load_rows(anchor_ptr + at, d, D), d, D)
+    put(read_at, load_rows(base_ptr + (2 + 2 * d) * d, d, D), D, D)
 
     for g in range(segments):
+        moved = (g > 0) | (early == 0)  # a chunk boundary: the anchors move
+        kept = kept_ptr + tl.cast(g, tl.int64) * size
         if KEEP:
-            kept = kept_ptr + tl.cast(g, tl.int64) * size
-            store_memories(kept, s_eta, s_alpha, s_k, s_v, s_m, d, D)
-        if (g > 0) | (early == 0):  # a chunk boundary: the anchors move
-            s_eta, s_alpha, s_k, s_v, s_m = limited(s_eta, s_alpha, s_k, s_v, s_m, limit, d)
-            a_eta, a_alpha, a_k, a_v, a_m = s_eta, s_alpha, s_k, s_v, s_m
-        else:
-            a_eta, a_alpha, a_k, a_v, a_m = load_memories(anchor_ptr, d, D)
-        if g == segments - 1:
-            store_memories(new_anchor_ptr, a_eta, a_alpha, a_k, a_v, a_m, d, D)
+            store_row(kept, s_eta, d, D)
+            store_row(kept + d, s_alpha, d, D)
+        if moved:
+            s_eta *= shrink(tl.sum(s_eta * s_eta), limit)
+            s_alpha *= shrink(tl.sum(s_alpha * s_alpha), limit)
+            a_eta, a_alpha = s_eta, s_alpha
+        for i in range(3):
+            at = (2 + i * d) * d
+            s = fetch(s_at + i * D * D, D, D)
+            if KEEP:
+                store_rows(kept + at, s, d, D)
+            if moved:
+                s *= shrink(tl.sum(s * s), limit * d)
+                put(s_at + i * D * D, s, D, D)
+                if g == segments - 1:
+                    store_rows(new_anchor_ptr + at, s, d, D)
+            else:
+                s = load_rows(anchor_ptr + at, d, D)
+            put(w_at + i * D * D, load_rows(base_ptr + at, d, D) + s, D, D)
         w_eta = load_row(base_ptr, d, D) + a_eta
         w_alpha = load_row(base_ptr + d, d, D) + a_alpha
-        w_k = load_rows(base_ptr + at_k, d, D) + a_k
-        w_v = load_rows(base_ptr + at_v, d, D) + a_v
-        w_m = load_rows(base_ptr + at_m, d, D) + a_m
 
-        t = g * chunk - early + place
-        valid = (place < chunk) & (t >= 0) & (t < count)
-        raw_eta = along(load_tokens(x_eta_ptr + sequence, t, valid, d, D), w_eta) + tl.load(bias_ptr + 2 * h)
-        raw_alpha = along(load_tokens(x_alpha_ptr + sequence, t, valid, d, D), w_alpha) + tl.load(bias_ptr + 2 * h + 1)
+        # Keys, values, queries, and the tables of the segment.
+        start = g * chunk - early  # the token at the first place; where it is before the sequence, it does not count
+        valid = (place < chunk) & (place >= -start) & (place < count - start)
+        piece = sequence + tl.cast(start, tl.int64) * d
+        raw_eta = along(load_tokens(x_eta_ptr + piece, place, valid, d, D), w_eta) + tl.load(bias_ptr + 2 * h)
+        raw_alpha = along(load_tokens(x_alpha_ptr + piece, place, valid, d, D), w_alpha) + tl.load(bias_ptr + 2 * h + 1)
         eta, log_alpha, _, _ = gates(raw_eta, raw_alpha, valid, eta_max, stretch)
-        k, _ = unit(product(load_tokens(x_k_ptr + sequence, t, valid, d, D), tl.trans(w_k), PRECISION))
-        v, _ = unit(product(load_tokens(x_v_ptr + sequence, t, valid, d, D), tl.trans(w_v), PRECISION))
-        gamma, last, strength, ratio, _, inverted = tables(k, eta, log_alpha, erase, C, LEVELS, PRECISION)
-        erasing = k * (strength * gamma)[:, None]
-        final = k * last[:, None]
+        put(z_at, load_tokens(x_v_ptr + piece, place, valid, d, D), C, D)
+        v, _ = unit(by_blocks(z_at, w_at + D * D, C, D, D, False, True, BLOCK, P))
+        put(v_at, v, C, D)
+        put(z_at, load_tokens(x_k_ptr + piece, place, valid, d, D), C, D)
+        k, _ = unit(by_blocks(z_at, w_at, C, D, D, False, True, BLOCK, P))
+        put(k_at, k, C, D)
+        gamma, last, strength, ratio = shares(eta, log_alpha, erase, C)
         end = tl.exp(tl.sum(log_alpha, 0))
+        overlap = tl.where(below, by_blocks(k_at, k_at, C, C, D, False, True, BLOCK, P) * ratio, 0.0)
+        inverted = triangular_inverse(overlap * strength[:, None], C)
+        put(inverted_at, inverted, C, C)
+        put(final_at, k * last[:, None], C, D)
+        q, _ = unit(load_tokens(q_ptr + piece, place, valid, d, D))
+        put(q_at, q, C, D)
+        put(scores_at, by_blocks(q_at, k_at, C, C, D, False, True, BLOCK, P) * ratio, C, C)
+        erasing = strength * gamma  # of each token's key
 
-        z_eta = written_gate(v, w_eta, s_eta, eta * tl.load(scale_ptr), erasing, inverted)
-        s_eta = s_eta * end + tl.sum(final * z_eta[:, None], 0)
-        z_alpha = written_gate(v, w_alpha, s_alpha, eta * tl.load(scale_ptr + 1), erasing, inverted)
-        s_alpha = s_alpha * end + tl.sum(final * z_alpha[:, None], 0)
-        z = written(v, w_k, s_k, eta * tl.load(scale_ptr + 2), no, erasing, inverted, PRECISION)
-        s_k = s_k * end + product(tl.trans(z), final, PRECISION)
-        z = written(v, w_v, s_v, eta * tl.load(scale_ptr + 3), no, erasing, inverted, PRECISION)
-        s_v = s_v * end + product(tl.trans(z), final, PRECISION)
-        z = written(v, w_m, s_m, eta * tl.load(scale_ptr + 4), given, erasing, inverted, PRECISION)
-        q, _ = unit(load_tokens(q_ptr + sequence, t, valid, d, D))
-        scores = product(q, tl.trans(k), PRECISION) * ratio
-        y = product(q, tl.trans(s_m), PRECISION) * gamma[:, None] + product(scores, z, PRECISION)
-        y += product(q, tl.trans(load_rows(base_ptr + at_m, d, D)), PRECISION)
-        store_tokens(y_ptr + sequence, y, t, valid, d, D)
-        s_m = s_m * end + product(tl.trans(z), final, PRECISION)
+        # The memories.
+        z = written_gate(v, w_eta, eta * tl.load(scale_ptr), along(k, s_eta) * erasing, inverted)
+        s_eta = s_eta * end + tl.sum(k * (last * z)[:, None], 0)
+        z = written_gate(v, w_alpha, eta * tl.load(scale_ptr + 1), along(k, s_alpha) * erasing, inverted)
+        s_alpha = s_alpha * end + tl.sum(k * (last * z)[:, None], 0)
+        for i in range(3):
+            own = s_at + i * D * D
+            u = by_blocks(v_at, w_at + i * D * D, C, D, D, False, True, BLOCK, P)
+            u *= tl.rsqrt(tl.maximum(tl.sum(u * u, 1), 1.0))[:, None]
+            if given & (i == 2):
+                u = fetch(v_at, C, D)
+            u *= (eta * tl.load(scale_ptr + 2 + i))[:, None]
+            u -= by_blocks(k_at, own, C, D, D, False, True, BLOCK, P) * erasing[:, None]
+            put(z_at, u, C, D)
+            put(z_at, by_blocks(inverted_at, z_at, C, D, C, False, False, BLOCK, P), C, D)
+            if i == 2:
+                y = by_blocks(q_at, own, C, D, D, False, True, BLOCK, P) * gamma[:, None]
+                y += by_blocks(scores_at, z_at, C, D, C, False, False, BLOCK, P)
+                y += by_blocks(q_at, read_at, C, D, D, False, True, BLOCK, P)
+                store_tokens(y_ptr + piece, y, place, valid, d, D)
+            more = by_blocks(z_at, final_at, D, D, C, True, False, BLOCK, P)
+            put(own, fetch(own, D, D) * end + more, D, D)
 
-    store_memories(new_current_ptr, s_eta, s_alpha, s_k, s_v, s_m, d, D)
+    store_row(new_current_ptr, s_eta, d, D)
+    store_row(new_current_ptr + d, s_alpha, d, D)
+    store_row(new_anchor_ptr, a_eta, d, D)
+    store_row(new_anchor_ptr + d, a_alpha, d, D)
+    for i in range(3):
+        store_rows(new_current_ptr + (2 + i * d) * d, fetch(s_at + i * D * D, D, D), d, D)

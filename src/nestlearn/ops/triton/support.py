@@ -24,8 +24,8 @@ SWITCHES = {
     "clip_values": True,
 }
 WIDEST, LONGEST = 128, 64
-"""Channels of a head and tokens of a chunk that fit a tile. Not all of them fit the memory of a GPU, which is found out
-and said in one line where a kernel is launched: `docs/performance.md`."""
+"""Channels of a head and tokens of a chunk that fit a tile. Where it does not fit the memory of a GPU, the launch of a
+kernel says so in one line; `docs/performance.md` has what a compiler says of an H100."""
 
 
 def unsupported(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> str | None:

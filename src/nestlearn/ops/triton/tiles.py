@@ -93,6 +93,16 @@ def shrink(squares, most):
 
 
 @triton.jit
+def limit_adjoint(s, d_limited, most):
+    """By a state before the norm limit, from the derivative after it."""
+    squares = tl.sum(s * s)
+    factor = shrink(squares, most)
+    return d_limited * factor - s * tl.where(
+        squares > most, factor / tl.maximum(squares, most) * tl.sum(s * d_limited), 0.0
+    )
+
+
+@triton.jit
 def limited(eta, alpha, k, v, m, limit, d):
     """The five memories within ``limit``, of the summed squares of a row; a square block has d times as much."""
     return (
@@ -155,13 +165,21 @@ def inverse(t, C: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def tables(k, eta, log_alpha, erase, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """As ``ops.adjoint.Tables``: gamma, last, strength (C,); ratio, overlap, the inverse (C, C)."""
+def shares(eta, log_alpha, erase, C: tl.constexpr):
+    """Of ``ops.adjoint.Tables`` what needs no keys: gamma, last, strength (C,), ratio (C, C)."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     log_gamma = tl.cumsum(log_alpha, 0)
     ratio = tl.where(i >= j, tl.exp(tl.minimum(log_gamma[:, None] - log_gamma[None, :], 0.0)), 0.0)
     last = tl.exp(tl.minimum(tl.sum(log_alpha, 0) - log_gamma, 0.0))
-    strength = eta * erase * tl.exp(-log_alpha)
+    return tl.exp(log_gamma), last, eta * erase * tl.exp(-log_alpha), ratio
+
+
+@triton.jit
+def tables(k, eta, log_alpha, erase, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """As ``ops.adjoint.Tables``: gamma, last, strength (C,); ratio, overlap, the inverse (C, C)."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    gamma, last, strength, ratio = shares(eta, log_alpha, erase, C)
     overlap = tl.where(i > j, product(k, tl.trans(k), PRECISION) * ratio, 0.0)
-    return tl.exp(log_gamma), last, strength, ratio, overlap, inverse(overlap * strength[:, None], C, LEVELS)
+    return gamma, last, strength, ratio, overlap, inverse(overlap * strength[:, None], C, LEVELS)
