@@ -118,7 +118,7 @@ def test_it_is_saved_and_comes_back_to_the_bit(tmp_path: Path) -> None:
     for one, two in zip(model.levels, again.levels, strict=True):
         assert list(one.kept) == list(two.kept) != []
         for name, kept in one.kept.items():
-            assert torch.equal(kept.directions, two.kept[name].directions)
+            assert torch.equal(kept.matrix, two.kept[name].matrix)
             assert kept.transposed == two.kept[name].transposed
     file = tmp_path / "learned" / "kept.safetensors"
     content = bytearray(file.read_bytes())

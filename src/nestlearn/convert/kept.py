@@ -6,7 +6,7 @@ for the inputs that are kept, so that of all steps near the rule's the one is ta
     argmin_D ||D - D_rule||^2 + strength / s E ||D x||^2  =  D_rule (I + strength / s C)^-1
 
 with ``C = E x x^T`` over the kept inputs, E the mean, and s the mean of C's eigenvalues, so that ``strength`` has one
-meaning for all models. Only the largest directions of C are kept: the inverse is ``I - U U^T`` with U (inputs, rank).
+meaning for all models. The inverse is ``I - U U^T`` with U (inputs, rank), of which the largest directions may do.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ class Kept:
     """The inputs of one weight that are kept.
 
     Args:
-        directions: U, (inputs, rank), each of a length from 0 (free) to 1 (fixed). A bias has one input, which is 1.
+        matrix: U, or, where it has more than half as many directions as there are inputs, the inverse itself, which is
+            (inputs, inputs) and then costs less. A bias has one input, which is 1.
         transposed: whether the weight is (inputs, outputs), as in `Conv1D`.
     """
 
-    directions: Tensor
+    matrix: Tensor
     transposed: bool = False
 
     def bend(self, step: Tensor) -> Tensor:
         """A change of the weight without its part along the kept inputs.
 
-        >>> fixed = Kept(torch.tensor([[1.0], [0.0]]))  # the first of two inputs
-        >>> fixed.bend(torch.tensor([[3.0, 4.0]]))
-        tensor([[0., 4.]])
+        >>> fixed = Kept(torch.tensor([[1.0], [0.0], [0.0]]))  # the first of three inputs
+        >>> fixed.bend(torch.tensor([[3.0, 4.0, 5.0]]))
+        tensor([[0., 4., 5.]])
         """
-        u = self.directions.to(step)
+        m = self.matrix.to(step)
         if step.ndim == 1:
-            return step * (1 - u.square().sum())
-        return step - u @ (u.mT @ step) if self.transposed else step - (step @ u) @ u.mT
+            return step * m[0, 0]
+        if m.shape[0] == m.shape[1]:
+            return m @ step if self.transposed else step @ m
+        return step - m @ (m.mT @ step) if self.transposed else step - (step @ m) @ m.mT
 
 
 def is_transposed(piece: Piece) -> bool:
@@ -54,7 +57,7 @@ def is_transposed(piece: Piece) -> bool:
 
 @torch.no_grad()
 def kept_inputs(
-    model: nn.Module, pieces: Mapping[str, Piece], windows: Iterable[Tensor], strength: float, rank: int
+    model: nn.Module, pieces: Mapping[str, Piece], windows: Iterable[Tensor], strength: float, rank: int | None
 ) -> dict[str, Kept]:
     """The `Kept` of every piece.
 
@@ -63,15 +66,15 @@ def kept_inputs(
         pieces: of the levels, by name.
         windows: of the text.
         strength: see above.
-        rank: most directions of one weight.
+        rank: most directions of one weight; None for all that the text has.
 
     Raises:
         UserError: a number out of range, or a text of no token.
     """
     if not 0 <= strength < math.inf:
         raise UserError(f"strength={strength} of what is kept: give a finite number, 0 (nothing is kept) or more")
-    if rank < 1:
-        raise UserError(f"rank={rank} of what is kept: give 1 direction or more")
+    if rank is not None and rank < 1:
+        raise UserError(f"rank={rank} of what is kept: give 1 direction or more, or None for all")
     seen: dict[nn.Module, list[Tensor]] = {piece.layer: [] for piece in pieces.values()}
     hooks = [layer.register_forward_pre_hook(lambda m, x: seen[m].append(x[0].flatten(0, -2))) for layer in seen]
     try:
@@ -91,19 +94,19 @@ def kept_inputs(
             if piece.layer is not layer:
                 continue
             if piece.attribute == "bias":
-                one = inputs.new_ones(1, 1)
-                found[name] = Kept(_directions(one, strength, 1))
+                found[name] = Kept(_inverse(inputs.new_ones(1, 1), strength, None))
                 continue
             cut = None if piece.axis != int(not is_transposed(piece)) else (piece.start, piece.length)
             if cut not in shared:
-                shared[cut] = _directions(inputs if cut is None else inputs.narrow(1, *cut), strength, rank)
+                shared[cut] = _inverse(inputs if cut is None else inputs.narrow(1, *cut), strength, rank)
             found[name] = Kept(shared[cut], is_transposed(piece))
     return found
 
 
-def _directions(inputs: Tensor, strength: float, rank: int) -> Tensor:
-    """U of inputs (N, d)."""
+def _inverse(inputs: Tensor, strength: float, rank: int | None) -> Tensor:
+    """The matrix of `Kept`, for inputs (N, d)."""
     count, d = inputs.shape
+    rank = min(count, d) if rank is None else min(rank, count, d)
     small = inputs.double()
     # The smaller of the two products has the same eigenvalues; its vectors are turned into directions of the inputs.
     gram = small.mT @ small if d <= count else small @ small.mT
@@ -113,4 +116,5 @@ def _directions(inputs: Tensor, strength: float, rank: int) -> Tensor:
         vectors = nn.functional.normalize(small.mT @ vectors, dim=0)
     mean = small.square().sum() / d
     along = strength * values / mean.clamp_min(torch.finfo(mean.dtype).tiny)
-    return (vectors * (along / (1 + along)).sqrt()).float()
+    u = vectors * (along / (1 + along)).sqrt()
+    return (u if 2 * rank <= d else torch.eye(d).to(u) - u @ u.mT).float()

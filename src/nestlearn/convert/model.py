@@ -220,7 +220,9 @@ class ContinualModel(nn.Module):
         self._check(weights)
         return Using(self.scope, dict(weights))
 
-    def keep(self, tokenizer: PreTrainedTokenizerBase, text: str, *, strength: float = 10.0, rank: int = 64) -> None:
+    def keep(
+        self, tokenizer: PreTrainedTokenizerBase, text: str, *, strength: float = 10.0, rank: int | None = None
+    ) -> None:
         """From now on updates disturb little of what the pretrained model answers to such a text.
 
         See `nestlearn.convert.kept`. The model reads up to 8 windows of 512 tokens, spread over the text. What is found
@@ -230,7 +232,8 @@ class ContinualModel(nn.Module):
             tokenizer: of the model.
             text: some pages of what it should stay good at.
             strength: how much less a step moves the answer to an input of mean size: by ``1 / (1 + strength)``.
-            rank: directions of the inputs that are kept of each matrix, at most.
+            rank: directions of the inputs that are kept of each matrix, at most; by default all. With 64 of them
+                SmolLM2 forgot as much as with none.
 
         Raises:
             UserError: a text without a token, or a number out of range.
@@ -240,7 +243,7 @@ class ContinualModel(nn.Module):
         >>> model = convert(LlamaForCausalLM(LlamaConfig(vocab_size=258, hidden_size=16, intermediate_size=24,
         ...                                              num_hidden_layers=4, num_attention_heads=2)))
         >>> model.keep(load_tokenizer("bytes"), "What it knows.", rank=4)
-        >>> model.levels[0].kept["model.layers.3.mlp.up_proj.weight"].directions.shape
+        >>> model.levels[0].kept["model.layers.3.mlp.up_proj.weight"].matrix.shape
         torch.Size([16, 4])
         """
         ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
