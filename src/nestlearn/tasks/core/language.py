@@ -312,13 +312,13 @@ def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     texts = [text for text in (WORDS, BYTES) if any(o["mean"] for o in found.get(text, {}).values())]
     figure = new_figure(4.3 * (len(texts) + 1), 4.6)
     panels = figure.subplots(1, len(texts) + 1, squeeze=False)[0]
-    colours = dict(zip([*MODELS, "comba"], [*PALETTE, "#999999", "#cc79a7"], strict=False))
+    colours = dict(zip([*MODELS, "comba"], [*PALETTE, "#999999", "#8c6d31"], strict=False))
     for axes, text in zip(panels, texts, strict=False):
         for name, outcome in found.get(text, {}).items():
             points = [(c, outcome["mean"].get(f"context {c}")) for c in CONTEXTS]
             drawn = [(c, value) for c, value in points if value is not None and math.isfinite(value)]
             if drawn:
-                style = dict(color=colours[name], linewidth=2.5 if name == "hope" else 1.4)
+                style = dict(color=colours[name], linewidth=2.5 if name in ("hope", "hope-mlp") else 1.4)
                 axes.plot(*zip(*drawn, strict=True), "o-", markersize=4, label=name, **style)
         axes.set_title(text, fontsize=11)
     for name, values in FIGURE_10.items():
