@@ -273,6 +273,19 @@ def test_every_memory_receives_a_gradient_through_later_outputs_only(structure: 
 
 
 @pytest.mark.parametrize("structure", ["linear", "mlp"])
+def test_a_gradient_that_is_differentiated_again_is_the_same_gradient(structure: str) -> None:
+    """Over several segments, each of which is made from what the earlier ones are made from."""
+    start, inputs, rule = make_start(structure, ALL), make_inputs(1, 7, ALL), WriteRule(chunk_size=3)
+    named = leaves(inputs, start)
+    for t in named.values():
+        t.requires_grad_()
+    loss = lambda: self_modify(inputs, start, rule)[0].square().sum()  # noqa: E731
+    once, again = (torch.autograd.grad(loss(), list(named.values()), create_graph=c) for c in (False, True))
+    for name, a, b in zip(named, once, again, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
 @pytest.mark.parametrize("name", ["default", "l2"])
 def test_second_derivatives_are_those_of_finite_differences(structure: str, name: str) -> None:
     """A level that learns by its own gradient inside the outer loss differentiates the backward pass."""

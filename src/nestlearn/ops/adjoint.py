@@ -206,15 +206,20 @@ def per_sequence(valid: Tensor, batch: int, heads: int) -> Tensor:
 
 
 def second_order(
-    again: Callable[[], tuple[Tensor, ...]],
+    again: Callable[..., tuple[Tensor, ...]],
     given: Sequence[Tensor | None],
     needed: Sequence[bool],
     d_outputs: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """What a node's backward pass returns where a second derivative is asked for: its forward pass ``again`` by
-    autograd, and the gradient of that. The first two arguments of a node have none."""
-    pairs = [(y, d) for y, d in zip(again(), d_outputs, strict=True) if d is not None and y.requires_grad]
-    wanted = [t for t, need in zip(given, needed, strict=True) if need and t is not None]
+    """What a node's backward pass returns where a second derivative is asked for: its forward pass ``again`` of what
+    was ``given`` by autograd, and the gradient of that. The first two arguments of a node have none.
+
+    What was given goes under new names: the one may be made from the other, a state from the biases that an earlier
+    segment was written with, and the way through the one is not the other's part.
+    """
+    alias = [t if t is None or not need else t.view_as(t) for t, need in zip(given, needed, strict=True)]
+    pairs = [(y, d) for y, d in zip(again(*alias), d_outputs, strict=True) if d is not None and y.requires_grad]
+    wanted = [t for t, need in zip(alias, needed, strict=True) if need and t is not None]
     outputs, weights = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, weights, create_graph=True, allow_unused=True))
     return None, None, *(next(found) if need else None for need in needed)

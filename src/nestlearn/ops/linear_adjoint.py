@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,7 @@ class LinearSegment(torch.autograd.Function):
         kept = ctx.saved_tensors  # read once: checkpointing recomputes at the first look and refuses a second
         given, saved = kept[: ctx.inputs], kept[ctx.inputs :]
         if torch.is_grad_enabled():
-            again, d_outputs = lambda: plan.by_autograd(valid, *given), (d_y, d_queries, d_s)
+            again, d_outputs = partial(plan.by_autograd, valid), (d_y, d_queries, d_s)
             return second_order(again, given, ctx.needs_input_grad[2:], d_outputs)
         kernel, rule = plan.kernel, plan.kernel.rule
         anchor, state, _, _, scale, erase, *inputs = given

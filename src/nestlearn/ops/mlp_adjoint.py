@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +184,7 @@ class MLPSegment(torch.autograd.Function):
         kept = ctx.saved_tensors  # read once: checkpointing recomputes at the first look and refuses a second
         given, saved = kept[: ctx.given], kept[ctx.given :]
         if torch.is_grad_enabled():
-            return second_order(lambda: plan.by_autograd(valid, *given), given, ctx.needs_input_grad[2:], d_outputs)
+            return second_order(partial(plan.by_autograd, valid), given, ctx.needs_input_grad[2:], d_outputs)
         kernel, rule = plan.kernel, plan.kernel.rule
         batch, heads = given[0].shape[:2]
         a2, a1, ag, s2, s1, sg = (t.flatten(0, 1) for t in given[:6])

@@ -7,6 +7,7 @@ interpreter, for tests: with ``TRITON_INTERPRET=1`` before Triton is imported.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class LinearSequence(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, d_current: Tensor, d_anchor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *given, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            again, d_outputs = lambda: _again(ctx.by_chunks, ctx.run, given), (d_y, d_current, d_anchor)
+            again, d_outputs = partial(_again, ctx.by_chunks, ctx.run), (d_y, d_current, d_anchor)
             return second_order(again, given, ctx.needs_input_grad[2:], d_outputs)
         kernel, clock, counts = ctx.run
         q, base, erase, batch = given[4], given[5], given[8], given[4].shape[0]
@@ -169,7 +170,7 @@ def _dense(given: Sequence[Tensor | None]) -> list[Tensor]:
     return [base.new_ones(base.shape[0]) if t is None else t.contiguous() for t in given]
 
 
-def _again(by_chunks: ByChunks, run: tuple[LinearKernel, Tensor, Tensor], given: list[Tensor]) -> tuple[Tensor, ...]:
+def _again(by_chunks: ByChunks, run: tuple[LinearKernel, Tensor, Tensor], *given: Tensor) -> tuple[Tensor, ...]:
     """The outputs of the node by the chunk form, differentiable twice."""
     kernel, clock, counts = run
     *inputs, base, bias, scale, erase, current, anchor = given
