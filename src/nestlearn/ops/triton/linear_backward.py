@@ -13,13 +13,13 @@ import triton.language as tl
 from nestlearn.ops.triton.tiles import (
     along,
     gates,
+    limit_adjoint,
     limited,
     load_memories,
     load_row,
     load_rows,
     load_tokens,
     product,
-    shrink,
     store_memories,
     store_row,
     store_rows,
@@ -28,13 +28,6 @@ from nestlearn.ops.triton.tiles import (
     unit,
     unit_adjoint,
 )
-
-
-@triton.jit
-def limit_adjoint(s, d_limited, squares, overlap, most):
-    """By a state before the norm limit, from its summed squares and its product with the derivative after it."""
-    factor = shrink(squares, most)
-    return d_limited * factor - s * tl.where(squares > most, factor / tl.maximum(squares, most) * overlap, 0.0)
 
 
 @triton.jit
@@ -143,7 +136,7 @@ def linear_backward(
     C: tl.constexpr,
     D: tl.constexpr,
     LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    P: tl.constexpr,
 ):
     """Shapes as in ``linear_forward``. Of what the heads of all sequences share, each program leaves its own part:
     d_base (B, H, R, d), zero before; d_bias (B, H, 2); d_scale (B, H, 5); d_erase (B, H)."""
@@ -219,32 +212,32 @@ def linear_backward(
         x_v = load_tokens(x_v_ptr + sequence, t, valid, d, D)
         q, q_factor = unit(load_tokens(q_ptr + sequence, t, valid, d, D))
         d_y = load_tokens(d_y_ptr + sequence, t, valid, d, D)
-        k, k_factor = unit(product(x_k, tl.trans(w_k), PRECISION))
-        v, v_factor = unit(product(x_v, tl.trans(w_v), PRECISION))
-        gamma, last, strength, ratio, overlap, inverted = tables(k, eta, log_alpha, erase, C, LEVELS, PRECISION)
+        k, k_factor = unit(product(x_k, tl.trans(w_k), P))
+        v, v_factor = unit(product(x_v, tl.trans(w_v), P))
+        gamma, last, strength, ratio, overlap, inverted = tables(k, eta, log_alpha, erase, C, LEVELS, P)
         erasing = k * (strength * gamma)[:, None]
         final = k * last[:, None]
         end = tl.exp(tl.sum(log_alpha, 0))
-        scores = product(q, tl.trans(k), PRECISION) * ratio
+        scores = product(q, tl.trans(k), P) * ratio
 
         # The memories: what is written, what is read, the state at the end.
         d_v, d_final, d_erasing, d_step, d_log_end, d_t, d_before, d_w_m, d_scores = written_adjoint(
-            v, w_m, s_m, d_s_m, eta, scale_m, given, erasing, final, end, inverted, scores, d_y, True, PRECISION
+            v, w_m, s_m, d_s_m, eta, scale_m, given, erasing, final, end, inverted, scores, d_y, True, P
         )
-        d_q = product(d_y, s_m, PRECISION) * gamma[:, None]
+        d_q = product(d_y, s_m, P) * gamma[:, None]
         d_log_gamma = tl.sum(d_q * q, 1)
-        d_s_m = d_before + product(tl.trans(d_y), q * gamma[:, None], PRECISION)
+        d_s_m = d_before + product(tl.trans(d_y), q * gamma[:, None], P)
         d_log_ratio = d_scores * scores
         d_scores *= ratio
-        d_q += product(d_scores, k, PRECISION)
-        d_q += product(d_y, load_rows(base_ptr + at_m, d, D), PRECISION)
+        d_q += product(d_scores, k, P)
+        d_q += product(d_y, load_rows(base_ptr + at_m, d, D), P)
         store_tokens(d_q_ptr + sequence, unit_adjoint(q, q_factor, d_q), t, valid, d, D)
-        d_k = product(tl.trans(d_scores), q, PRECISION)
+        d_k = product(tl.trans(d_scores), q, P)
         d_eta = d_step * scale_m
         sum_scale_m += d_step * eta
 
         more_v, more_final, more_erasing, d_step, more_end, more_t, d_before, d_w_v, _ = written_adjoint(
-            v, w_v, s_v, d_s_v, eta, scale_v, no, erasing, final, end, inverted, scores, d_y, False, PRECISION
+            v, w_v, s_v, d_s_v, eta, scale_v, no, erasing, final, end, inverted, scores, d_y, False, P
         )
         d_v += more_v
         d_final += more_final
@@ -256,7 +249,7 @@ def linear_backward(
         sum_scale_v += d_step * eta
 
         more_v, more_final, more_erasing, d_step, more_end, more_t, d_before, d_w_k, _ = written_adjoint(
-            v, w_k, s_k, d_s_k, eta, scale_k, no, erasing, final, end, inverted, scores, d_y, False, PRECISION
+            v, w_k, s_k, d_s_k, eta, scale_k, no, erasing, final, end, inverted, scores, d_y, False, P
         )
         d_v += more_v
         d_final += more_final
@@ -301,7 +294,7 @@ def linear_backward(
         d_log_ratio += d_overlap * strength[:, None]
         d_log_gamma += met * strength * gamma
         d_product = d_t * strength[:, None] * ratio
-        d_k += product(d_product + tl.trans(d_product), k, PRECISION)
+        d_k += product(d_product + tl.trans(d_product), k, P)
         less = tl.exp(-log_alpha)
         sum_erase += d_strength * less * eta
         d_eta += d_strength * less * erase
@@ -321,10 +314,10 @@ def linear_backward(
         store_tokens(d_x_alpha_ptr + sequence, d_raw_alpha[:, None] * w_alpha[None, :], t, valid, d, D)
         d_k = unit_adjoint(k, k_factor, d_k)
         d_v = unit_adjoint(v, v_factor, d_v)
-        d_w_k += product(tl.trans(d_k), x_k, PRECISION)
-        d_w_v += product(tl.trans(d_v), x_v, PRECISION)
-        store_tokens(d_x_k_ptr + sequence, product(d_k, w_k, PRECISION), t, valid, d, D)
-        store_tokens(d_x_v_ptr + sequence, product(d_v, w_v, PRECISION), t, valid, d, D)
+        d_w_k += product(tl.trans(d_k), x_k, P)
+        d_w_v += product(tl.trans(d_v), x_v, P)
+        store_tokens(d_x_k_ptr + sequence, product(d_k, w_k, P), t, valid, d, D)
+        store_tokens(d_x_v_ptr + sequence, product(d_v, w_v, P), t, valid, d, D)
 
         # The anchors. What a program adds up in memory, another of its threads may have written.
         tl.debug_barrier()
@@ -332,7 +325,7 @@ def linear_backward(
         store_row(d_base_ptr + d, load_row(d_base_ptr + d, d, D) + d_w_alpha, d, D)
         store_rows(d_base_ptr + at_k, load_rows(d_base_ptr + at_k, d, D) + d_w_k, d, D)
         store_rows(d_base_ptr + at_v, load_rows(d_base_ptr + at_v, d, D) + d_w_v, d, D)
-        d_base_m = load_rows(d_base_ptr + at_m, d, D) + d_w_m + product(tl.trans(d_y), q, PRECISION)
+        d_base_m = load_rows(d_base_ptr + at_m, d, D) + d_w_m + product(tl.trans(d_y), q, P)
         store_rows(d_base_ptr + at_m, d_base_m, d, D)
         if g == segments - 1:  # its anchors are those that go on
             d_w_eta += load_row(d_new_anchor_ptr, d, D)
@@ -343,19 +336,19 @@ def linear_backward(
         if moved:
             d_w_eta += d_s_eta
             s_eta = load_row(kept, d, D)
-            d_s_eta = limit_adjoint(s_eta, d_w_eta, tl.sum(s_eta * s_eta), tl.sum(s_eta * d_w_eta), limit)
+            d_s_eta = limit_adjoint(s_eta, d_w_eta, limit)
             d_w_alpha += d_s_alpha
             s_alpha = load_row(kept + d, d, D)
-            d_s_alpha = limit_adjoint(s_alpha, d_w_alpha, tl.sum(s_alpha * s_alpha), tl.sum(s_alpha * d_w_alpha), limit)
+            d_s_alpha = limit_adjoint(s_alpha, d_w_alpha, limit)
             d_w_k += d_s_k
             s_k = load_rows(kept + at_k, d, D)
-            d_s_k = limit_adjoint(s_k, d_w_k, tl.sum(s_k * s_k), tl.sum(s_k * d_w_k), limit * d)
+            d_s_k = limit_adjoint(s_k, d_w_k, limit * d)
             d_w_v += d_s_v
             s_v = load_rows(kept + at_v, d, D)
-            d_s_v = limit_adjoint(s_v, d_w_v, tl.sum(s_v * s_v), tl.sum(s_v * d_w_v), limit * d)
+            d_s_v = limit_adjoint(s_v, d_w_v, limit * d)
             d_w_m += d_s_m
             s_m = load_rows(kept + at_m, d, D)
-            d_s_m = limit_adjoint(s_m, d_w_m, tl.sum(s_m * s_m), tl.sum(s_m * d_w_m), limit * d)
+            d_s_m = limit_adjoint(s_m, d_w_m, limit * d)
         else:
             store_memories(d_anchor_ptr, d_w_eta, d_w_alpha, d_w_k, d_w_v, d_w_m, d, D)
 

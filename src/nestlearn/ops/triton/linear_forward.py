@@ -27,12 +27,12 @@ from nestlearn.ops.triton.tiles import (
 
 
 @triton.jit
-def written(v, w, s, step, given, erasing, inverted, PRECISION: tl.constexpr):
+def written(v, w, s, step, given, erasing, inverted, P: tl.constexpr):
     """``Z`` (C, D) of a memory with anchor w and state s, (D, D) each; ``given``: v in place of its own value."""
-    u = product(v, tl.trans(w), PRECISION)
+    u = product(v, tl.trans(w), P)
     factor = tl.rsqrt(tl.maximum(tl.sum(u * u, 1), 1.0))
-    z = tl.where(given, v, u * factor[:, None]) * step[:, None] - product(erasing, tl.trans(s), PRECISION)
-    return product(inverted, z, PRECISION)
+    z = tl.where(given, v, u * factor[:, None]) * step[:, None] - product(erasing, tl.trans(s), P)
+    return product(inverted, z, P)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def linear_forward(
     D: tl.constexpr,
     LEVELS: tl.constexpr,
     KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    P: tl.constexpr,
 ):
     """Shapes: inputs, q and y (B, H, T, d); base (H, R, d); states (B, H, R, d), R = 2 + 3 d, rows eta, alpha, k, v,
     memory; bias (H, 2); scale (H, 5); erase, accumulates (H,); clock, lengths (B,); kept (B, H, segments, R, d), the
@@ -130,9 +130,9 @@ def linear_forward(
         raw_eta = along(load_tokens(x_eta_ptr + sequence, t, valid, d, D), w_eta) + tl.load(bias_ptr + 2 * h)
         raw_alpha = along(load_tokens(x_alpha_ptr + sequence, t, valid, d, D), w_alpha) + tl.load(bias_ptr + 2 * h + 1)
         eta, log_alpha, _, _ = gates(raw_eta, raw_alpha, valid, eta_max, stretch)
-        k, _ = unit(product(load_tokens(x_k_ptr + sequence, t, valid, d, D), tl.trans(w_k), PRECISION))
-        v, _ = unit(product(load_tokens(x_v_ptr + sequence, t, valid, d, D), tl.trans(w_v), PRECISION))
-        gamma, last, strength, ratio, _, inverted = tables(k, eta, log_alpha, erase, C, LEVELS, PRECISION)
+        k, _ = unit(product(load_tokens(x_k_ptr + sequence, t, valid, d, D), tl.trans(w_k), P))
+        v, _ = unit(product(load_tokens(x_v_ptr + sequence, t, valid, d, D), tl.trans(w_v), P))
+        gamma, last, strength, ratio, _, inverted = tables(k, eta, log_alpha, erase, C, LEVELS, P)
         erasing = k * (strength * gamma)[:, None]
         final = k * last[:, None]
         end = tl.exp(tl.sum(log_alpha, 0))
@@ -141,16 +141,16 @@ def linear_forward(
         s_eta = s_eta * end + tl.sum(final * z_eta[:, None], 0)
         z_alpha = written_gate(v, w_alpha, s_alpha, eta * tl.load(scale_ptr + 1), erasing, inverted)
         s_alpha = s_alpha * end + tl.sum(final * z_alpha[:, None], 0)
-        z = written(v, w_k, s_k, eta * tl.load(scale_ptr + 2), no, erasing, inverted, PRECISION)
-        s_k = s_k * end + product(tl.trans(z), final, PRECISION)
-        z = written(v, w_v, s_v, eta * tl.load(scale_ptr + 3), no, erasing, inverted, PRECISION)
-        s_v = s_v * end + product(tl.trans(z), final, PRECISION)
-        z = written(v, w_m, s_m, eta * tl.load(scale_ptr + 4), given, erasing, inverted, PRECISION)
+        z = written(v, w_k, s_k, eta * tl.load(scale_ptr + 2), no, erasing, inverted, P)
+        s_k = s_k * end + product(tl.trans(z), final, P)
+        z = written(v, w_v, s_v, eta * tl.load(scale_ptr + 3), no, erasing, inverted, P)
+        s_v = s_v * end + product(tl.trans(z), final, P)
+        z = written(v, w_m, s_m, eta * tl.load(scale_ptr + 4), given, erasing, inverted, P)
         q, _ = unit(load_tokens(q_ptr + sequence, t, valid, d, D))
-        scores = product(q, tl.trans(k), PRECISION) * ratio
-        y = product(q, tl.trans(s_m), PRECISION) * gamma[:, None] + product(scores, z, PRECISION)
-        y += product(q, tl.trans(load_rows(base_ptr + at_m, d, D)), PRECISION)
+        scores = product(q, tl.trans(k), P) * ratio
+        y = product(q, tl.trans(s_m), P) * gamma[:, None] + product(scores, z, P)
+        y += product(q, tl.trans(load_rows(base_ptr + at_m, d, D)), P)
         store_tokens(y_ptr + sequence, y, t, valid, d, D)
-        s_m = s_m * end + product(tl.trans(z), final, PRECISION)
+        s_m = s_m * end + product(tl.trans(z), final, P)
 
     store_memories(new_current_ptr, s_eta, s_alpha, s_k, s_v, s_m, d, D)

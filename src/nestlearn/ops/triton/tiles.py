@@ -1,8 +1,8 @@
 """What the forward and the backward kernel of the linear memories share: tiles, gates, tables of a segment.
 
 A tile holds C tokens or D channels, powers of two of at least 16, which is the least that a product takes; ``d``
-channels and ``chunk`` tokens of it are in use, the rest is zero. Everything is computed in float32. PRECISION is that
-of the products, as ``tl.dot`` names it.
+channels and ``chunk`` tokens of it are in use, the rest is zero. Everything is computed in float32. P is the
+precision of the products, as ``tl.dot`` names it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,36 @@ import triton.language as tl
 
 
 @triton.jit
+def load_block(at, rows, columns, R: tl.constexpr, K: tl.constexpr):
+    """A matrix of so many rows and columns at a pointer, (R, K)."""
+    i, j = tl.arange(0, R)[:, None], tl.arange(0, K)[None, :]
+    return tl.load(at + i * columns + j, mask=(i < rows) & (j < columns), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_block(at, block, rows, columns, R: tl.constexpr, K: tl.constexpr):
+    i, j = tl.arange(0, R)[:, None], tl.arange(0, K)[None, :]
+    tl.store(at + i * columns + j, block, mask=(i < rows) & (j < columns))
+
+
+@triton.jit
+def copy(at, to, size):
+    """So many numbers from one pointer to another."""
+    i = tl.arange(0, 1024)
+    for begin in range(0, size, 1024):
+        inside = begin + i < size
+        tl.store(to + begin + i, tl.load(at + begin + i, mask=inside), mask=inside)
+
+
+@triton.jit
 def load_rows(at, d, D: tl.constexpr):
     """d rows of d channels at a pointer, (D, D)."""
-    i = tl.arange(0, D)
-    inside = (i < d)[:, None] & (i < d)[None, :]
-    return tl.load(at + i[:, None] * d + i[None, :], mask=inside, other=0.0).to(tl.float32)
+    return load_block(at, d, d, D, D)
 
 
 @triton.jit
 def store_rows(at, rows, d, D: tl.constexpr):
-    i = tl.arange(0, D)
-    tl.store(at + i[:, None] * d + i[None, :], rows, mask=(i < d)[:, None] & (i < d)[None, :])
+    store_block(at, rows, d, d, D, D)
 
 
 @triton.jit
@@ -75,9 +94,9 @@ def store_tokens(at, tokens, t, valid, d, D: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr):
+def product(a, b, P: tl.constexpr):
     """``a b``."""
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, input_precision=P)
 
 
 @triton.jit
@@ -90,6 +109,15 @@ def along(rows, vector):
 def shrink(squares, most):
     """The factor, at most 1, that brings a sum of squares down to ``most``."""
     return tl.sqrt(most / tl.maximum(squares, most))
+
+
+@triton.jit
+def limit_adjoint(s, d_limited, most):
+    """By a state before the norm limit, from its derivative after it; ``most`` is of the squares."""
+    squares = tl.sum(s * s)
+    factor = shrink(squares, most)
+    overlap = tl.sum(s * d_limited)
+    return d_limited * factor - s * tl.where(squares > most, factor / tl.maximum(squares, most) * overlap, 0.0)
 
 
 @triton.jit
@@ -155,7 +183,7 @@ def inverse(t, C: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def tables(k, eta, log_alpha, erase, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def tables(k, eta, log_alpha, erase, C: tl.constexpr, LEVELS: tl.constexpr, P: tl.constexpr):
     """As ``ops.adjoint.Tables``: gamma, last, strength (C,); ratio, overlap, the inverse (C, C)."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -163,5 +191,5 @@ def tables(k, eta, log_alpha, erase, C: tl.constexpr, LEVELS: tl.constexpr, PREC
     ratio = tl.where(i >= j, tl.exp(tl.minimum(log_gamma[:, None] - log_gamma[None, :], 0.0)), 0.0)
     last = tl.exp(tl.minimum(tl.sum(log_alpha, 0) - log_gamma, 0.0))
     strength = eta * erase * tl.exp(-log_alpha)
-    overlap = tl.where(i > j, product(k, tl.trans(k), PRECISION) * ratio, 0.0)
+    overlap = tl.where(i > j, product(k, tl.trans(k), P) * ratio, 0.0)
     return tl.exp(log_gamma), last, strength, ratio, overlap, inverse(overlap * strength[:, None], C, LEVELS)
