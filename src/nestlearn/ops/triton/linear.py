@@ -46,7 +46,7 @@ class LinearLaunch:
         return (REACH,)
 
     def scratch(self, programs: int, like: Tensor) -> tuple[Tensor, ...]:
-        """Where the backward kernel keeps what it does not return: nowhere."""
+        """Where the kernels keep what they do not return: nowhere."""
         return ()
 
     def tiles(self) -> dict[str, int]:

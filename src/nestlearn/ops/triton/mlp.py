@@ -12,7 +12,7 @@ from nestlearn.ops.mlp import MLPKernel, Packed
 from nestlearn.ops.rule import MEMORY
 from nestlearn.ops.triton.mlp_backward import mlp_backward
 from nestlearn.ops.triton.mlp_forward import mlp_forward
-from nestlearn.ops.triton.mlp_stages import SLOTS
+from nestlearn.ops.triton.mlp_tiles import SLOTS
 from nestlearn.ops.triton.support import tile
 
 
@@ -49,7 +49,7 @@ class MLPLaunch:
         return ()
 
     def scratch(self, programs: int, like: Tensor) -> tuple[Tensor, ...]:
-        """Where the backward kernel keeps what it does not return: room for tiles of tokens, of every program."""
+        """Where the kernels keep what they do not return: room for tiles of tokens, of every program."""
         tokens, widest = tile(self.kernel.rule.chunk_size), max(map(tile, (self.kernel.rule.chunk_size, *self.sizes())))
         return (like.new_empty(programs, SLOTS.value, tokens * widest),)
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from nestlearn.ops.triton.mlp_stages import (
-    SLOTS,
     Derivatives,
     add_w1,
     add_w2,
@@ -20,13 +19,23 @@ from nestlearn.ops.triton.mlp_stages import (
     first_layer_adjoint,
     generate_adjoint,
     last_layer_adjoint,
+    write_adjoint,
+)
+from nestlearn.ops.triton.mlp_tiles import (
+    SLOTS,
+    Head,
+    generate,
+    load_w1,
+    load_w2,
+    most1,
+    most2,
     put,
     scratch_at,
+    store_w1,
+    store_w2,
     take,
-    write_adjoint,
-    write_again,
+    write,
 )
-from nestlearn.ops.triton.mlp_tiles import Head, generate, load_w1, load_w2, most1, most2, store_w1, store_w2
 from nestlearn.ops.triton.tiles import (
     copy,
     gates,
@@ -114,8 +123,7 @@ def mlp_backward(
     P: tl.constexpr,
 ):
     """Shapes as in ``mlp_forward``. Of what the heads of all sequences share, each program leaves its own part:
-    d_base (B, H, S), zero before; d_bias (B, H, 2); d_scale (B, H, 5); d_erase (B, H). The scratch (B, H, slots, n) has
-    room for a tile of n = C max(C, D, E) numbers in every slot."""
+    d_base (B, H, S), zero before; d_bias (B, H, 2); d_scale (B, H, 5); d_erase (B, H)."""
     n = tl.program_id(0).to(tl.int64)
     b, head = n // heads, n % heads
     size = (8 * d + 2) * hidden
@@ -185,7 +193,7 @@ def mlp_backward(
         for m in range(5):
             scale = tl.load(scale_ptr + 5 * head + m)
             tl.debug_barrier()
-            write_again(of, at, m, eta * scale, fading, C, D, E, P)
+            write(of, at, m, eta * scale, fading, C, D, E, P)
             tl.debug_barrier()
             end_k, end_last, end_end = end_adjoint(of, d_of, at, m, last, end, C, D, E, P)
             d_k += end_k

@@ -2,7 +2,8 @@
 sequence.
 
 Their ten matrices do not fit on the chip together: they stay in the tensors that are returned, and one memory at a time
-is loaded, written and stored. Segments are those of ``linear_forward``.
+is worked through, in stages that hand their tiles on in a scratch: what a stage multiplies is alive in no other.
+Segments are those of ``linear_forward``.
 """
 
 from __future__ import annotations
@@ -11,22 +12,46 @@ import triton
 import triton.language as tl
 
 from nestlearn.ops.triton.mlp_tiles import (
+    SLOTS,
     Head,
-    answer,
     generate,
     limited1,
     limited2,
     load_w1,
     load_w2,
-    shortened,
+    put,
+    scratch_at,
     silu,
-    silu_slope,
     store_w1,
     store_w2,
-    weights1,
-    weights2,
+    take,
+    write,
 )
 from nestlearn.ops.triton.tiles import copy, gates, load_tokens, product, store_tokens, tables, unit
+
+
+@triton.jit
+def read(of, at, q, gamma, ratio, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
+    """The main memory's answers to q (C, D) after each token's write: through the first layer, then the last."""
+    scores = product(q, tl.trans(take(at.k, C, D)), P) * ratio
+    zq = product(q, tl.trans(load_w2(of.state, of, 4, D, E)), P) * gamma[:, None]
+    zq += product(scores, take(at.written, C, E), P) + product(q, tl.trans(load_w2(of.base, of, 4, D, E)), P)
+    tl.debug_barrier()
+    hq = silu(zq)
+    scores = product(hq, tl.trans(silu(take(at.zk, C, E))), P) * ratio
+    y = q + product(hq, tl.trans(load_w1(of.state, of, 4, D, E)), P) * gamma[:, None]
+    return y + product(scores, take(at.r, C, D), P) + product(hq, tl.trans(load_w1(of.base, of, 4, D, E)), P)
+
+
+@triton.jit
+def advance(of, at, m, last, end, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
+    """The next state of memory m, in place of this one."""
+    more2 = product(tl.trans(take(at.written, C, E)), take(at.k, C, D) * last[:, None], P)
+    more1 = product(tl.trans(take(at.r, C, D)), silu(take(at.zk, C, E)) * last[:, None], P)
+    s2, s1 = load_w2(of.state, of, m, D, E), load_w1(of.state, of, m, D, E)
+    tl.debug_barrier()
+    store_w2(of.state, of, m, s2 * end + more2, D, E)
+    store_w1(of.state, of, m, s1 * end + more1, D, E)
 
 
 @triton.jit(do_not_specialize=["tokens", "most_segments"])
@@ -48,6 +73,7 @@ def mlp_forward(
     kept_ptr,
     new_current_ptr,
     new_anchor_ptr,
+    scratch_ptr,
     heads,
     tokens,
     most_segments,
@@ -65,8 +91,8 @@ def mlp_forward(
     P: tl.constexpr,
 ):
     """Shapes: inputs, q and y (B, H, T, d); base (H, S); states (B, H, S), S = (8 d + 2) h; bias (H, 2); scale (H, 5);
-    erase (H,); clock, lengths (B,); kept (B, H, segments, S), the state at the start of every segment, written if
-    KEEP."""
+    erase (H,); clock, lengths (B,); kept (B, H, segments, S), the state at the start of every segment, written if KEEP.
+    The scratch (B, H, slots, n) has room for a tile of n = C max(C, D, E) numbers in every slot."""
     n = tl.program_id(0).to(tl.int64)
     b, head = n // heads, n % heads
     size = (8 * d + 2) * hidden
@@ -75,6 +101,8 @@ def mlp_forward(
     kept_ptr += n * most_segments * size
     new_current_ptr += n * size
     new_anchor_ptr += n * size
+    SLOT: tl.constexpr = C * max(C, D, E)
+    at = scratch_at(scratch_ptr + n * SLOTS * SLOT, SLOT)
     limit = norm_limit * norm_limit
     erase = tl.load(erase_ptr + head)
     early = (tl.load(clock_ptr + b) % chunk).to(tl.int32)  # tokens of the first chunk that an earlier piece has seen
@@ -113,29 +141,17 @@ def mlp_forward(
         v, _ = unit(generate(of, x_v_ptr + sequence, 3, t, valid, D, E, P))
         gamma, last, strength, ratio, _, inverted = tables(k, eta, log_alpha, erase, C, LEVELS, P)
         end = tl.exp(tl.sum(log_alpha, 0))
+        fading = strength * gamma
+        put(at.k, k, C, D)
+        put(at.v, v, C, D)
+        put(at.inverted, inverted, C, C)
 
         for m in range(5):
-            w2, w1 = weights2(of, m, D, E), weights1(of, m, D, E)
-            s2, s1 = load_w2(new_current_ptr, of, m, D, E), load_w1(new_current_ptr, of, m, D, E)
-            z = product(k, tl.trans(w2), P)
-            answers, values = answer(k, z, w1, m < 2, P), answer(v, product(v, tl.trans(w2), P), w1, m < 2, P)
-            step = eta * tl.load(scale_ptr + 5 * head + m)
-            r = (values * shortened(values)[:, None] - answers) * step[:, None]
-            written = product(r, w1, P) * silu_slope(z)
-            written -= product(k * (strength * gamma)[:, None], tl.trans(s2), P)
-            written = product(inverted, written, P)
-            hk = silu(z)
-            if m == 4:  # the read: through the first layer, then the last
-                base2, base1 = load_w2(base_ptr, of, m, D, E), load_w1(base_ptr, of, m, D, E)
-                q = unit(load_tokens(q_ptr + sequence, t, valid, d, D))[0]
-                scores = product(q, tl.trans(k), P) * ratio
-                zq = product(q, tl.trans(s2), P) * gamma[:, None] + product(scores, written, P)
-                hq = silu(zq + product(q, tl.trans(base2), P))
-                scores = product(hq, tl.trans(hk), P) * ratio
-                y = q + product(hq, tl.trans(s1), P) * gamma[:, None] + product(scores, r, P)
-                store_tokens(y_ptr + sequence, y + product(hq, tl.trans(base1), P), t, valid, d, D)
-            s2 = s2 * end + product(tl.trans(written), k * last[:, None], P)
-            s1 = s1 * end + product(tl.trans(r), hk * last[:, None], P)
             tl.debug_barrier()
-            store_w2(new_current_ptr, of, m, s2, D, E)
-            store_w1(new_current_ptr, of, m, s1, D, E)
+            write(of, at, m, eta * tl.load(scale_ptr + 5 * head + m), fading, C, D, E, P)
+            tl.debug_barrier()
+            if m == 4:
+                q = unit(load_tokens(q_ptr + sequence, t, valid, d, D))[0]
+                store_tokens(y_ptr + sequence, read(of, at, q, gamma, ratio, C, D, E, P), t, valid, d, D)
+                tl.debug_barrier()
+            advance(of, at, m, last, end, C, D, E, P)

@@ -1,8 +1,8 @@
 """The backward pass of one MLP memory along one segment, in stages that hand their tiles on in a scratch.
 
-What a stage multiplies is alive in no other: together it is more than the shared memory of a GPU holds. Between two
-stages a program waits for all of its threads. The derivative by the state stays in ``d_of.current``, that by the anchor
-goes to ``d_of.anchor``. Names and formulas are those of ``ops.mlp_adjoint``; ``d_x`` is the loss's derivative by x.
+What a stage multiplies is alive in no other: together it is more than the shared memory of a GPU holds. The derivative
+by the state stays in ``d_of.current``, that by the anchor goes to ``d_of.anchor``. Names and formulas are those of
+``ops.mlp_adjoint``; ``d_x`` is the derivative of the loss by x.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import triton
 import triton.language as tl
 
 from nestlearn.ops.triton.mlp_tiles import (
-    answer,
     limited1,
     limited2,
     load_w1,
     load_w2,
     place_of,
+    put,
     shortened,
     silu,
     silu_curve,
     silu_slope,
     store_w1,
     store_w2,
+    take,
     weights1,
     weights2,
 )
@@ -37,61 +38,6 @@ class Derivatives(NamedTuple):
     base: Any
     current: Any
     anchor: Any
-
-
-class Scratch(NamedTuple):
-    """Pointers to the tiles of a segment, all of C tokens."""
-
-    k: Any
-    v: Any
-    inverted: Any
-    zk: Any
-    zv: Any
-    a: Any
-    u: Any
-    r: Any
-    back: Any
-    written: Any
-    d_written: Any
-    d_r: Any
-    d_hk: Any
-    d_zq: Any
-
-
-SLOTS = tl.constexpr(len(Scratch._fields))
-"""Tiles in a scratch."""
-
-
-@triton.jit
-def scratch_at(at, SLOT: tl.constexpr):
-    """The scratch at a pointer, with so many numbers for a tile."""
-    return Scratch(
-        at,
-        at + SLOT,
-        at + 2 * SLOT,
-        at + 3 * SLOT,
-        at + 4 * SLOT,
-        at + 5 * SLOT,
-        at + 6 * SLOT,
-        at + 7 * SLOT,
-        at + 8 * SLOT,
-        at + 9 * SLOT,
-        at + 10 * SLOT,
-        at + 11 * SLOT,
-        at + 12 * SLOT,
-        at + 13 * SLOT,
-    )
-
-
-@triton.jit
-def take(at, C: tl.constexpr, K: tl.constexpr):
-    """A tile (C, K) of the scratch."""
-    return load_block(at, C, K, C, K)
-
-
-@triton.jit
-def put(at, tile, C: tl.constexpr, K: tl.constexpr):
-    store_block(at, tile, C, K, C, K)
 
 
 @triton.jit
@@ -115,27 +61,6 @@ def add_w1(at, of, m, more, D: tl.constexpr, E: tl.constexpr):
     """Add to W1 of memory m."""
     _, at1, rows = place_of(m, of.d, of.hidden)
     add_block(at + at1, more, rows, of.hidden, D, E)
-
-
-@triton.jit
-def write_again(of, at, m, step, fading, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
-    """Compute again what memory m answers, which values it makes and what it writes; ``fading`` (C,) is that of the
-    erasing keys."""
-    w2, w1 = weights2(of, m, D, E), weights1(of, m, D, E)
-    k, v = take(at.k, C, D), take(at.v, C, D)
-    zk, zv = product(k, tl.trans(w2), P), product(v, tl.trans(w2), P)
-    answers, values = answer(k, zk, w1, m < 2, P), answer(v, zv, w1, m < 2, P)
-    r = (values * shortened(values)[:, None] - answers) * step[:, None]
-    back = product(r, w1, P)
-    erased = product(k * fading[:, None], tl.trans(limited2(of.state, of, m, D, E)), P)
-    written = product(take(at.inverted, C, C), back * silu_slope(zk) - erased, P)
-    put(at.zk, zk, C, E)
-    put(at.zv, zv, C, E)
-    put(at.a, answers, C, D)
-    put(at.u, values, C, D)
-    put(at.r, r, C, D)
-    put(at.back, back, C, E)
-    put(at.written, written, C, E)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel of the MLP memories share: where a memory is, what it makes of tokens.
+"""What the forward and the backward kernel of the MLP memories share: where a memory is, what it makes and writes.
 
 A state is one row of numbers: W2 (h, d) of eta, alpha, k, v and the main memory, then W1, (1, h) of eta and alpha and
 (d, h) of the others. So a gate's memory is like the others, but that W1 has one row in use and the answer no skip.
@@ -137,3 +137,81 @@ def generate(of, x_ptr, m, t, valid, D: tl.constexpr, E: tl.constexpr, P: tl.con
 def shortened(values):
     """The factor (C,) that brings values (C, D) longer than 1 to length 1."""
     return tl.rsqrt(tl.maximum(tl.sum(values * values, 1), 1.0))
+
+
+class Scratch(NamedTuple):
+    """Pointers to tiles of a segment, all of C tokens, in global memory. Between the stage that stores one and those
+    that load it a program waits for all of its threads."""
+
+    k: Any
+    v: Any
+    inverted: Any
+    zk: Any
+    zv: Any
+    a: Any
+    u: Any
+    r: Any
+    back: Any
+    written: Any
+    d_written: Any
+    d_r: Any
+    d_hk: Any
+    d_zq: Any
+
+
+SLOTS = tl.constexpr(len(Scratch._fields))
+"""Tiles in a scratch."""
+
+
+@triton.jit
+def scratch_at(at, SLOT: tl.constexpr):
+    """The scratch at a pointer, with so many numbers for a tile."""
+    return Scratch(
+        at,
+        at + SLOT,
+        at + 2 * SLOT,
+        at + 3 * SLOT,
+        at + 4 * SLOT,
+        at + 5 * SLOT,
+        at + 6 * SLOT,
+        at + 7 * SLOT,
+        at + 8 * SLOT,
+        at + 9 * SLOT,
+        at + 10 * SLOT,
+        at + 11 * SLOT,
+        at + 12 * SLOT,
+        at + 13 * SLOT,
+    )
+
+
+@triton.jit
+def take(at, C: tl.constexpr, K: tl.constexpr):
+    """A tile (C, K) of the scratch."""
+    return load_block(at, C, K, C, K)
+
+
+@triton.jit
+def put(at, tile, C: tl.constexpr, K: tl.constexpr):
+    store_block(at, tile, C, K, C, K)
+
+
+@triton.jit
+def write(of, at, m, step, fading, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
+    """What memory m answers, which values it makes of its own, what it writes; ``fading`` (C,) is that of the erasing
+    keys."""
+    k, v = take(at.k, C, D), take(at.v, C, D)
+    w2 = weights2(of, m, D, E)
+    zk, zv = product(k, tl.trans(w2), P), product(v, tl.trans(w2), P)
+    put(at.zk, zk, C, E)
+    put(at.zv, zv, C, E)
+    w1 = weights1(of, m, D, E)
+    answers, values = answer(k, zk, w1, m < 2, P), answer(v, zv, w1, m < 2, P)
+    r = (values * shortened(values)[:, None] - answers) * step[:, None]
+    put(at.a, answers, C, D)
+    put(at.u, values, C, D)
+    put(at.r, r, C, D)
+    back = product(r, w1, P)
+    put(at.back, back, C, E)
+    erased = product(k * fading[:, None], tl.trans(limited2(of.state, of, m, D, E)), P)
+    written = back * silu_slope(zk) - erased
+    put(at.written, product(take(at.inverted, C, C), written, P), C, E)

@@ -126,7 +126,7 @@ class MemorySequence(torch.autograd.Function):
         ends = base.new_empty(*q.shape[:2], *base.shape[1:]), base.new_empty(*q.shape[:2], *base.shape[1:])
         *inputs, current, anchor = _dense(given)
         programs = q.shape[0] * q.shape[1]
-        outputs = y, kept, *ends
+        outputs = y, kept, *ends, *run[0].scratch(programs, base)
         _launch(run[0].forward, programs, *inputs, *read, current, anchor, *outputs, *numbers, KEEP=keep, **tiles)
         ctx.by_chunks, ctx.run = by_chunks, run
         ctx.save_for_backward(*given, kept)
