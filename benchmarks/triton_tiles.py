@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from nestlearn.ops.triton.linear import tile_sizes
 from nestlearn.ops.triton.linear_backward import linear_backward
 from nestlearn.ops.triton.linear_forward import linear_forward
+from nestlearn.ops.triton.sequence import compiled_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIZES = ((16, 16), (16, 64), (64, 32), (64, 64), (64, 128))
@@ -34,7 +35,7 @@ NUMBERS = {"eta_max", "stretch", "norm_limit", "reach"}
 
 def compiled(kernel: JITFunction, chunk: int, width: int, dtype: str, capability: int) -> Any:
     """A kernel for tiles of so many tokens and channels, all of them in use."""
-    sizes = tile_sizes(chunk, width, DTYPES[dtype])
+    sizes = compiled_for(chunk, DTYPES[dtype]) | tile_sizes(chunk, width, DTYPES[dtype])
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     fixed = sizes | {"d": width, "chunk": chunk, "KEEP": True}
     types, constants, aligned = {}, {}, {}

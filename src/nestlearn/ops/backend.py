@@ -1,7 +1,8 @@
 """Which implementation of the core runs: the environment variable ``NESTLEARN_OPS``.
 
 ``torch``, the default on every device, is the chunk-parallel form; ``reference`` the token-by-token oracle, in place of
-it in any model; ``triton`` the kernels for a GPU, on which they have never run: they are not chosen unasked.
+it in any model; ``triton`` the kernels for a GPU, for linear and for MLP memories: they have never run on one and are
+not chosen unasked.
 """
 
 from __future__ import annotations

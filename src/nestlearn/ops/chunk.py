@@ -94,7 +94,7 @@ def self_modify(
     else:
         _check_state(state, kernel, learned, batch)
     if name == "triton":
-        from nestlearn.ops.triton.linear import by_kernels  # here, as Triton is not installed everywhere
+        from nestlearn.ops.triton.sequence import by_kernels  # here, as Triton is not installed everywhere
 
         return by_kernels(inputs, kernel, learned, state, lengths, by_chunks)
     return by_chunks(inputs, kernel, learned, state, lengths)

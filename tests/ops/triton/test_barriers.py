@@ -57,11 +57,14 @@ class Epochs:
 
 
 @pytest.mark.parametrize("barriers", [True, False])
-def test_nothing_is_loaded_or_stored_anew_before_a_barrier(monkeypatch: pytest.MonkeyPatch, barriers: bool) -> None:
+@pytest.mark.parametrize("given", [{"accumulators": 1}, {"memory": "mlp"}], ids=["linear", "mlp"])
+def test_nothing_is_loaded_or_stored_anew_before_a_barrier(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], barriers: bool
+) -> None:
     """Through a state that stands in the middle of a chunk, an accumulating head, and a row without tokens."""
     monkeypatch.setenv("NESTLEARN_OPS", "triton")
     torch.manual_seed(0)
-    layer = SelfReferentialTitans(dim=32, heads=2, chunk_size=16, accumulators=1)
+    layer = SelfReferentialTitans(dim=32, heads=2, chunk_size=16, **given)
     epochs = Epochs(monkeypatch, barriers)
     x = torch.randn(2, 40, 32)
     y, state = layer(x[:, :20], lengths=torch.tensor([20, 13]))

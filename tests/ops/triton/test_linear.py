@@ -6,28 +6,30 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from nestlearn.errors import UserError
 from nestlearn.nn import SelfReferentialTitans
-from nestlearn.ops import GATES, MEMORY, CoreState, Start, WriteRule, reference, self_modify
+from nestlearn.ops import GATES, MEMORY, Start, WriteRule, self_modify
 from nestlearn.ops.backend import backend
 from nestlearn.ops.triton import unsupported
 from nestlearn.ops.triton.support import MEMORIES
+from tests.ops.triton.parity import (
+    Pieces,
+    Small,
+    errors,
+    make_inputs,
+    of_rounded_inputs,
+    relative,
+    second_derivatives,
+    sequence,
+    weigh,
+)
 
-pytest.importorskip("triton", reason="needs Triton: pip install -e '.[oracles]'")
-linear = pytest.importorskip("nestlearn.ops.triton.linear")
-OutOfResources = pytest.importorskip("triton.runtime.errors").OutOfResources
-if not linear.INTERPRETED:
-    pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1 before it is imported", allow_module_level=True)
-
-NAMES = ("eta", "alpha", "k", "v", "q")
 RULES: dict[str, tuple[dict, bool]] = {
     "default": ({}, False),
     "tight limit": ({"norm_limit": 0.1}, False),
     "accumulators": ({"stretch": 0.4, "norm_limit": 0.1}, True),
 }
-Pieces = list[tuple[int, int, list[int] | None]]
 
 
 def make(heads: int, width: int, dtype: torch.dtype, accumulates: bool = False) -> Start:
@@ -45,91 +47,12 @@ def make(heads: int, width: int, dtype: torch.dtype, accumulates: bool = False) 
     )
 
 
-def make_inputs(batch: int, heads: int, tokens: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return {name: torch.randn(batch, heads, tokens, width, generator=g).to(dtype) for name in NAMES}
-
-
-def leaves(inputs: dict[str, Tensor], start: Start) -> dict[str, Tensor]:
-    named = {f"input {n}": t for n, t in inputs.items()}
-    named |= {f"{n} weight": ws[0] for n, ws in start.weights.items()}
-    named |= {f"bias {n}": t for n, t in start.bias.items()}
-    named |= {f"scale {n}": t for n, t in start.write_scale.items()}
-    return named if start.erase is None else named | {"erase": start.erase}
-
-
-def weigh(*tensors: Tensor) -> Tensor:
-    g = torch.Generator().manual_seed(9)
-    return torch.stack([(t * torch.randn(t.shape, generator=g).to(t.dtype)).sum() for t in tensors]).sum()
-
-
-def in_pieces(
-    inputs: dict[str, Tensor], start: Start, rule: WriteRule, pieces: Pieces
-) -> tuple[Tensor, CoreState, dict[str, Tensor]]:
-    """Outputs with those of tokens that do not count at zero, the state, and gradients through all pieces."""
-    named, outputs, state = leaves(inputs, start), [], None
-    for t in named.values():
-        t.requires_grad_()
-    for i, j, lengths in pieces:
-        counts = None if lengths is None else torch.tensor(lengths)
-        y, state = self_modify({n: t[:, :, i:j] for n, t in inputs.items()}, start, rule, state, counts)
-        if counts is not None:
-            y = y * (torch.arange(j - i) < counts[:, None])[:, None, :, None]
-        outputs.append(y)
-    y = torch.cat(outputs, 2)
-    grads = torch.autograd.grad(weigh(y, state.current[0], state.anchor[0]), list(named.values()))
-    return y, state, dict(zip(named, grads, strict=True))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-3)).item()
-
-
-def errors(
-    monkeypatch: pytest.MonkeyPatch,
-    rule: WriteRule,
-    pieces: Pieces,
-    batch: int = 1,
-    width: int = 16,
-    accumulates: bool = False,
-) -> dict[str, float]:
-    """Relative errors of the kernels in float32 against the chunk form in float64."""
-    results = []
-    for name, dtype in (("torch", torch.float64), ("triton", torch.float32)):
-        monkeypatch.setenv("NESTLEARN_OPS", name)
-        inputs = make_inputs(batch, 2, pieces[-1][1], width, dtype)
-        results.append(in_pieces(inputs, make(2, width, dtype, accumulates), rule, pieces))
-    (y0, s0, g0), (y1, s1, g1) = results
-    assert torch.equal(s0.clock, s1.clock)
-    found = {"output": relative(y1, y0)}
-    found |= {n: relative(getattr(s1, n)[0], getattr(s0, n)[0]) for n in ("current", "anchor")}
-    return found | {f"gradient of {n}": relative(g1[n], g0[n]) for n in g0}
-
-
 @pytest.mark.parametrize("name", RULES)
 def test_outputs_states_and_gradients_equal_the_oracle(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     changes, accumulates = RULES[name]
-    rule = WriteRule(chunk_size=16, **changes)
-    exact, slow = make(2, 16, torch.float64, accumulates), make_inputs(1, 2, 40, 16, torch.float64)
-    named = leaves(slow, exact)
-    for t in named.values():
-        t.requires_grad_()
-    y0, ends = reference.self_modify(slow, exact, rule)
-    s0 = torch.stack([torch.stack([torch.cat([h[n][0] for n in MEMORIES]) for h in row]) for row in ends])
-    s0 = s0 - torch.cat([exact.weights[n][0] for n in MEMORIES], -2)
-    g0 = torch.autograd.grad(weigh(y0, s0), list(named.values()))
-
-    monkeypatch.setenv("NESTLEARN_OPS", "triton")
-    start, inputs = make(2, 16, torch.float32, accumulates), make_inputs(1, 2, 40, 16, torch.float32)
-    mine = leaves(inputs, start)
-    for t in mine.values():
-        t.requires_grad_()
-    y1, state = self_modify(inputs, start, rule)
-    g1 = torch.autograd.grad(weigh(y1, state.current[0]), list(mine.values()))
-    assert relative(y1, y0) < 1e-5
-    assert relative(state.current[0], s0) < 1e-5
-    wrong = {n: e for n, a, b in zip(mine, g1, g0, strict=True) if (e := relative(a, b)) > 2e-5}
-    assert not wrong
+    rule, pieces = WriteRule(chunk_size=16, **changes), [(0, 40, None)]
+    found = errors(monkeypatch, lambda dtype: make(2, 16, dtype, accumulates), rule, pieces, against="reference")
+    assert max(found.values()) < 2e-5, found
 
 
 @pytest.mark.parametrize("accumulates", [False, True])
@@ -137,7 +60,7 @@ def test_pieces_of_ragged_rows_equal_the_chunk_form(monkeypatch: pytest.MonkeyPa
     """States go in and out in the middle of a chunk, rows stand at different places of it, one is empty."""
     pieces: Pieces = [(0, 9, None), (9, 31, [20, 5]), (31, 33, [0, 2]), (33, 40, [7, 6])]
     rule = WriteRule(chunk_size=16, norm_limit=0.1)
-    found = errors(monkeypatch, rule, pieces, batch=2, accumulates=accumulates)
+    found = errors(monkeypatch, lambda dtype: make(2, 16, dtype, accumulates), rule, pieces, batch=2)
     assert max(found.values()) < 2e-5, found
 
 
@@ -149,12 +72,13 @@ def test_any_width_chunk_and_length(
 ) -> None:
     """Not by hypothesis, whose tracing makes the interpreter ten times slower."""
     pieces: Pieces = [(0, cut, None), (cut, tokens, None)]
-    found = errors(monkeypatch, WriteRule(chunk_size=chunk, norm_limit=0.5), pieces, width=width)
+    rule = WriteRule(chunk_size=chunk, norm_limit=0.5)
+    found = errors(monkeypatch, lambda dtype: make(2, width, dtype), rule, pieces)
     assert max(found.values()) < 1e-4, found
 
 
 def test_the_largest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = errors(monkeypatch, WriteRule(chunk_size=64), [(0, 70, None)], width=128)
+    found = errors(monkeypatch, lambda dtype: make(2, 128, dtype), WriteRule(chunk_size=64), [(0, 70, None)])
     assert max(found.values()) < 2e-5, found
 
 
@@ -172,35 +96,16 @@ def test_a_key_that_repeats_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_bfloat16_inputs_keep_a_float32_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounded = {n: t.bfloat16() for n, t in make_inputs(1, 2, 40, 16, torch.float32).items()}
     start, rule = make(2, 16, torch.float32), WriteRule(chunk_size=16)
-    results = []
-    for name, inputs in (("torch", {n: t.float() for n, t in rounded.items()}), ("triton", rounded)):
-        monkeypatch.setenv("NESTLEARN_OPS", name)
-        results.append(in_pieces(inputs, start, rule, [(0, 40, None)]))
-    (y0, s0, g0), (y1, s1, g1) = results
-    assert y1.dtype == torch.bfloat16
-    assert s1.current[0].dtype == torch.float32
-    assert relative(y1, y0) < 1e-2
-    assert relative(s1.current[0], s0.current[0]) < 1e-5
-    wrong = {n: e for n in g0 if (e := relative(g1[n], g0[n])) > 1e-2}
-    assert not wrong
+    output, state, gradients = of_rounded_inputs(monkeypatch, start, rule, [(0, 40, None)])
+    assert output < 1e-2
+    assert state < 1e-5
+    assert max(gradients.values()) < 1e-2, gradients
 
 
 def test_second_derivatives_are_those_of_the_chunk_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
-    for name, dtype in (("torch", torch.float64), ("triton", torch.float32)):
-        monkeypatch.setenv("NESTLEARN_OPS", name)
-        start, inputs = make(1, 4, dtype, accumulates=True), make_inputs(1, 1, 6, 4, dtype)
-        named = leaves(inputs, start)
-        for t in named.values():
-            t.requires_grad_()
-        y, _ = self_modify(inputs, start, WriteRule(chunk_size=4))
-        first = torch.autograd.grad(weigh(y), list(named.values()), create_graph=True)
-        second = torch.autograd.grad(weigh(*first), list(named.values()))
-        results.append(dict(zip(named, second, strict=True)))
-    wrong = {n: e for n, b in results[0].items() if (e := relative(results[1][n], b)) > 1e-4}
-    assert not wrong
+    found = second_derivatives(monkeypatch, lambda dtype: make(1, 4, dtype, True), WriteRule(chunk_size=4), 6)
+    assert max(found.values()) < 1e-4, found
 
 
 def test_a_layer_of_hope_runs_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +161,6 @@ def refused() -> Iterator[tuple[str, dict, Start]]:
     yield "memories of", {}, without("v")
     yield "130 channels", {}, make(1, 130, torch.float32)
     yield "float64", {}, make(2, 4, torch.float64)
-    mlp = {n: (ws[0], torch.zeros(2, 4, 4)) for n, ws in start.weights.items()}
-    yield "memory='mlp'", {}, Start(mlp, start.bias)
 
 
 @pytest.mark.parametrize(("named", "changes", "start"), [pytest.param(*r, id=r[0]) for r in refused()])
@@ -279,20 +182,14 @@ def test_nothing_but_the_variable_chooses_them(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NESTLEARN_OPS", "triton")
-    monkeypatch.setattr(linear, "INTERPRETED", False)
+    monkeypatch.setattr(sequence, "INTERPRETED", False)
     with pytest.raises(UserError, match="does not run on 'cpu' here: it takes CUDA"):
         self_modify(make_inputs(1, 2, 3, 4, torch.float32), make(2, 4, torch.float32), WriteRule())
 
 
 def test_tiles_that_do_not_fit_a_device_are_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Small:
-        """A kernel on a device with too little memory."""
-
-        def __getitem__(self, grid: tuple[int]) -> None:
-            raise OutOfResources(409_600, 232_448, "shared memory")
-
     monkeypatch.setenv("NESTLEARN_OPS", "triton")
-    monkeypatch.setattr(linear, "linear_forward", Small())
+    monkeypatch.setattr(sequence.LinearLaunch, "forward", Small())
     layer = SelfReferentialTitans(dim=32, heads=2, chunk_size=16)
     with pytest.raises(UserError, match=r"16 tokens by 16 channels does not fit .*409600 needed, 232448 there"):
         layer(torch.zeros(1, 4, 32))

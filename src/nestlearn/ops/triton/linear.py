@@ -1,197 +1,65 @@
-"""Five linear memories along a sequence as one node of the graph, by the kernels of this folder.
-
-The kernels have never run on a GPU, so nothing chooses them but ``NESTLEARN_OPS=triton``. On a CPU they run in Triton's
-interpreter, for tests: with ``TRITON_INTERPRET=1`` before Triton is imported.
-"""
+"""What is the linear memories' own in a run of the kernels: which they are, how a state is packed, sizes of tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
-from nestlearn.errors import UserError
-from nestlearn.ops.adjoint import second_order, write_scales
-from nestlearn.ops.linear import LinearKernel
-from nestlearn.ops.mlp import MLPKernel
-from nestlearn.ops.rule import GATES, REACH, Start
-from nestlearn.ops.state import CoreState
+from nestlearn.ops.linear import LinearKernel, Packed
+from nestlearn.ops.rule import REACH
 from nestlearn.ops.triton.linear_backward import backward_room, linear_backward
 from nestlearn.ops.triton.linear_forward import forward_room, linear_forward
-from nestlearn.ops.triton.support import unsupported
-
-INTERPRETED = not isinstance(linear_forward, triton.JITFunction)
-READ = ("eta", "alpha", "k", "v", "q")
-"""The inputs in the order in which the kernels take them."""
-SHORTEST = 16
-"""The least tokens and channels of a tile."""
-
-ByChunks = Callable[..., tuple[Tensor, CoreState]]
+from nestlearn.ops.triton.support import tile
 
 
-def by_kernels(
-    inputs: Mapping[str, Tensor],
-    kernel: LinearKernel | MLPKernel,
-    learned: tuple[Tensor, ...],
-    state: CoreState,
-    lengths: Tensor | None,
-    by_chunks: ByChunks,
-) -> tuple[Tensor, CoreState]:
-    """:func:`nestlearn.ops.self_modify` by the kernels, from a state. Rows that do not count read as zero.
+@dataclass(frozen=True)
+class LinearLaunch:
+    """Five linear memories, their states (..., R, d) as :class:`LinearKernel` has them."""
 
-    Args:
-        inputs, kernel, learned, state, lengths: as the chunk form has them.
-        by_chunks: the chunk form, through which second derivatives go.
+    forward: ClassVar[Any] = linear_forward
+    backward: ClassVar[Any] = linear_backward
+    kernel: LinearKernel
 
-    Raises:
-        UserError: a switch that the kernels do not know, or tensors that are not where they run.
-    """
-    start = kernel.start
-    why = unsupported(inputs, start, kernel.rule)
-    if why is not None:
-        raise UserError(f"NESTLEARN_OPS=triton: {why}; or take NESTLEARN_OPS=torch")
-    assert isinstance(kernel, LinearKernel)
-    x = inputs["q"]
-    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
-        raise UserError(
-            f"NESTLEARN_OPS=triton does not run on {x.device.type!r} here: it takes CUDA, or, with TRITON_INTERPRET=1 "
-            "set before Python starts, the CPU; or take NESTLEARN_OPS=torch"
-        )
-    batch, _, tokens, _ = x.shape
-    counts = torch.full((batch,), tokens) if lengths is None else lengths.cpu()
-    y, current, anchor = LinearSequence.apply(
-        by_chunks,
-        (kernel, state.clock, counts),
-        *(inputs[name] for name in READ),
-        learned[0],
-        torch.stack([start.bias[name] for name in GATES], -1),
-        write_scales(start, kernel.names),
-        start.erase,
-        state.current[0],
-        state.anchor[0],
-    )
-    return y, CoreState((current,), (anchor,), (), state.clock + counts)
+    def flat(self, packed: Packed) -> Tensor:
+        """Packed weights as one tensor."""
+        return packed[0]
 
+    def packed(self, flat: Tensor) -> Packed:
+        """The other way."""
+        return (flat,)
 
-def _constants(kernel: LinearKernel, clock: Tensor, counts: Tensor, x: Tensor) -> tuple[int, list[Tensor], tuple, dict]:
-    """The most segments of a row, and what both kernels take after the tensors that they differ in: what is read
-    besides (accumulates, clock, counts), numbers, tile sizes."""
-    rule, start = kernel.rule, kernel.start
-    heads, tokens, d = x.shape[1:]
-    counts = counts.clamp(0, tokens)
-    segments = (clock % rule.chunk_size + counts + rule.chunk_size - 1) // rule.chunk_size
-    most = int(segments.max()) if len(segments) else 0
-    accumulates = torch.zeros(heads, dtype=torch.bool) if start.accumulates is None else start.accumulates
-    read = [t.to(x.device, torch.int32) for t in (accumulates, clock % rule.chunk_size, counts)]
-    numbers = heads, tokens, most, d, rule.chunk_size, rule.eta_max, rule.stretch, rule.norm_limit, REACH
-    return most, read, numbers, tile_sizes(rule.chunk_size, d, x.dtype)
+    def of_heads(self) -> tuple[Tensor, ...]:
+        """What the kernels read of every head besides: which of them accumulate."""
+        start = self.kernel.start
+        heads = start.bias["eta"].shape[0]
+        return (torch.zeros(heads, dtype=torch.bool) if start.accumulates is None else start.accumulates,)
+
+    def sizes(self) -> tuple[int, ...]:
+        """Channels of a head."""
+        return (self.kernel.width,)
+
+    def numbers(self) -> tuple[float, ...]:
+        """What the kernels take last."""
+        return (REACH,)
+
+    def scratch(self, programs: int, like: Tensor, forward: bool) -> Tensor:
+        """Where a kernel keeps what it does not return: the tiles of every program."""
+        sizes = tile(self.kernel.rule.chunk_size), tile(self.kernel.width)
+        return like.new_empty(programs, (forward_room if forward else backward_room)(*sizes))
+
+    def tiles(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What both kernels are compiled for; ``dtype`` is the precision of the inputs."""
+        return tile_sizes(self.kernel.rule.chunk_size, self.kernel.width, dtype)
 
 
 def tile_sizes(chunk: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What both kernels are compiled for, from tokens of a chunk, channels of a head, and the precision of the inputs.
+    """From tokens of a chunk, channels of a head, and the precision of the inputs.
 
-    Products of bfloat16 inputs are rounded to their precision and a little more, those of float32 are not. The latter
-    hold a block of both operands in registers, the former in shared memory: a wider one spilled more.
+    A product takes its operands by blocks: of float32 inputs they are held in registers, of bfloat16 in shared memory,
+    and a wider one spilled more.
     """
-    c, d = (triton.next_power_of_2(max(n, SHORTEST)) for n in (chunk, width))
-    precision, block = ("ieee", 16) if dtype == torch.float32 else ("tf32", 32)
-    return {"C": c, "D": d, "BLOCK": block, "P": precision, "num_warps": 4 if max(c, d) <= 32 else 8, "num_stages": 1}
-
-
-class LinearSequence(torch.autograd.Function):
-    """See the head of this file. It keeps its inputs and the states at segment boundaries."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        by_chunks: ByChunks,
-        run: tuple[LinearKernel, Tensor, Tensor],
-        x_eta: Tensor,
-        x_alpha: Tensor,
-        x_k: Tensor,
-        x_v: Tensor,
-        q: Tensor,
-        base: Tensor,
-        bias: Tensor,
-        scale: Tensor,
-        erase: Tensor | None,
-        current: Tensor,
-        anchor: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kernel, clock, counts = run
-        most, read, numbers, tiles = _constants(kernel, clock, counts, q)
-        given = (x_eta, x_alpha, x_k, x_v, q, base, bias, scale, erase, current, anchor)
-        keep = any(ctx.needs_input_grad)
-        y = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        kept = base.new_empty(*q.shape[:2], most if keep else 0, *base.shape[1:])
-        ends = base.new_empty(*q.shape[:2], *base.shape[1:]), base.new_empty(*q.shape[:2], *base.shape[1:])
-        *inputs, current, anchor = _dense(given)
-        programs = q.shape[0] * q.shape[1]
-        scratch = base.new_empty(programs, forward_room(tiles["C"], tiles["D"]))
-        outputs = y, kept, *ends, scratch
-        _launch(linear_forward, programs, *inputs, *read, current, anchor, *outputs, *numbers, KEEP=keep, **tiles)
-        ctx.by_chunks, ctx.run = by_chunks, run
-        ctx.save_for_backward(*given, kept)
-        return y, *ends
-
-    @staticmethod
-    def backward(ctx: Any, d_y: Tensor, d_current: Tensor, d_anchor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *given, kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            again, d_outputs = partial(_again, ctx.by_chunks, ctx.run), (d_y, d_current, d_anchor)
-            return second_order(again, given, ctx.needs_input_grad[2:], d_outputs)
-        kernel, clock, counts = ctx.run
-        q, base, erase, batch = given[4], given[5], given[8], given[4].shape[0]
-        _, read, numbers, tiles = _constants(kernel, clock, counts, q)
-        *inputs, _, anchor = _dense(given)
-        d_inputs = [torch.zeros_like(x) for x in inputs[:5]]
-        d_shared = [base.new_zeros(batch, *t.shape) for t in inputs[5:]]
-        d_states = base.new_empty(anchor.shape), base.new_zeros(anchor.shape)
-        outer = [t.contiguous() for t in (d_y, d_current, d_anchor)]
-        programs = batch * q.shape[1]
-        scratch = base.new_empty(programs, backward_room(tiles["C"], tiles["D"]))
-        outputs = *d_inputs, *d_shared, *d_states, scratch
-        _launch(linear_backward, programs, *inputs, *read, kept, anchor, *outer, *outputs, *numbers, **tiles)
-        d_base, d_bias, d_scale, d_erase = (t.sum(0) for t in d_shared)
-        return None, None, *d_inputs, d_base, d_bias, d_scale, None if erase is None else d_erase, *d_states
-
-
-def _launch(kernel: Any, programs: int, *given: Any, **tiles: Any) -> None:
-    """Run so many programs of a kernel, or say in one line that its tiles are too large for the device."""
-    try:
-        kernel[(programs,)](*given, **tiles)
-    except OutOfResources as error:
-        raise UserError(
-            f"NESTLEARN_OPS=triton: a chunk of {tiles['C']} tokens by {tiles['D']} channels does not fit this device "
-            f"({error.name}: {error.required} needed, {error.limit} there): take a smaller chunk_size, more heads, or "
-            "NESTLEARN_OPS=torch"
-        ) from error
-
-
-def _dense(given: Sequence[Tensor | None]) -> list[Tensor]:
-    """The tensors of the node as the kernels take them: contiguous, and all of the erasure where no share is given."""
-    base = given[5]
-    assert base is not None
-    return [base.new_ones(base.shape[0]) if t is None else t.contiguous() for t in given]
-
-
-def _again(by_chunks: ByChunks, run: tuple[LinearKernel, Tensor, Tensor], *given: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of the node by the chunk form, differentiable twice."""
-    kernel, clock, counts = run
-    *inputs, base, bias, scale, erase, current, anchor = given
-    start = Start(
-        weights=kernel.named((base,)),
-        bias=dict(zip(GATES, bias.unbind(-1), strict=True)),
-        write_scale=dict(zip(kernel.names, scale.unbind(-1), strict=True)),
-        erase=erase,
-        accumulates=kernel.start.accumulates,
-    )
-    state = CoreState((current,), (anchor,), (), clock)
-    wide = {name: x.to(base.dtype) for name, x in zip(READ, inputs, strict=True)}
-    y, end = by_chunks(wide, LinearKernel(start, kernel.rule), (base,), state, counts)
-    return y.to(inputs[-1].dtype), end.current[0], end.anchor[0]
+    c, d = tile(chunk), tile(width)
+    return {"D": d, "BLOCK": 16 if dtype == torch.float32 else 32, "num_warps": 4 if max(c, d) <= 32 else 8}

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 from nestlearn.ops.triton.gate_memories import gate_rows, row_adjoint, written_gate_adjoint
-from nestlearn.ops.triton.scratch import by_blocks, fetch, put, triangular_inverse
+from nestlearn.ops.triton.scratch import by_blocks, fetch, put
 from nestlearn.ops.triton.tiles import (
     along,
     gates,
+    inverse,
     limit_adjoint,
     load_row,
     load_rows,
@@ -183,7 +184,7 @@ def linear_backward(
         erasing = strength * gamma  # of each token's key
         put(erasing_at, k * erasing[:, None], C, D)
         overlap = tl.where(below, by_blocks(k_at, k_at, C, C, D, False, True, BLOCK, P) * ratio, 0.0)
-        inverted = triangular_inverse(overlap * strength[:, None], C)
+        inverted = inverse(overlap * strength[:, None], C)
         put(inverted_at, inverted, C, C)
         put(scores_at, by_blocks(q_at, k_at, C, C, D, False, True, BLOCK, P) * ratio, C, C)
         put(ratio_at, ratio, C, C)

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 
 from nestlearn.ops.triton.gate_memories import written_gate
-from nestlearn.ops.triton.scratch import by_blocks, fetch, put, triangular_inverse
+from nestlearn.ops.triton.scratch import by_blocks, fetch, put
 from nestlearn.ops.triton.tiles import (
     along,
     gates,
+    inverse,
     load_row,
     load_rows,
     load_tokens,
@@ -154,7 +155,7 @@ def linear_forward(
         gamma, last, strength, ratio = shares(eta, log_alpha, erase, C)
         end = tl.exp(tl.sum(log_alpha, 0))
         overlap = tl.where(below, by_blocks(k_at, k_at, C, C, D, False, True, BLOCK, P) * ratio, 0.0)
-        inverted = triangular_inverse(overlap * strength[:, None], C)
+        inverted = inverse(overlap * strength[:, None], C)
         put(inverted_at, inverted, C, C)
         put(final_at, k * last[:, None], C, D)
         q, _ = unit(load_tokens(q_ptr + piece, place, valid, d, D))

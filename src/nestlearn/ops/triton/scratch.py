@@ -57,20 +57,3 @@ def by_blocks(
             right = tl.load(b + first * N + k[:, None] * N + j)
         total = tl.dot(left, right, total, input_precision=P)
     return total
-
-
-@triton.jit
-def triangular_inverse(t, C: tl.constexpr):
-    """``(I + t)^-1`` for t (C, C) below its diagonal, by substitution, a token at a time.
-
-    Its products would be those of small blocks in full precision, which no tensor core does; this needs no operand but
-    a column and a row.
-    """
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    x = tl.where(i == j, 1.0, 0.0)
-    for s in range(C):
-        column = tl.sum(tl.where(j == s, t, 0.0), 1)
-        row = tl.sum(tl.where(i == s, x, 0.0), 0)
-        x -= column[:, None] * row[None, :]
-    return x

@@ -13,7 +13,6 @@ MEMORIES = ("eta", "alpha", "k", "v", MEMORY)
 """The memories of the kernels, in packing order; the query is given."""
 SWITCHES = {
     "update": "dgd",
-    "objective": "dot",
     "read": "inclusive",
     "retention": "start",
     "delta": True,
@@ -23,22 +22,39 @@ SWITCHES = {
     "normalize_v": True,
     "clip_values": True,
 }
+OBJECTIVES = {"linear": "dot", "mlp": "l2"}
+"""The objective of each structure."""
+SHORTEST = 16
+"""The least tokens and channels of a tile, which a product takes."""
 WIDEST, LONGEST = 128, 64
-"""Channels of a head and tokens of a chunk that fit a tile. Where it does not fit the memory of a GPU, the launch of a
-kernel says so in one line; `docs/performance.md` has what a compiler says of an H100."""
+"""Channels of a head, hidden ones of an MLP memory, and tokens of a chunk that fit a tile. Where it does not fit the
+memory of a GPU, the launch of a kernel says so in one line; `docs/performance.md` says what a compiler makes of it."""
+
+
+def tile(size: int) -> int:
+    """The tokens or channels of the tile that holds so many: a power of two.
+
+    >>> tile(11), tile(33)
+    (16, 64)
+    """
+    return max(SHORTEST, 1 << (size - 1).bit_length())
 
 
 def unsupported(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> str | None:
     """The first thing asked for that the kernels do not do, in a sentence; None if they do all of it.
 
-    They do the linear memories of :class:`nestlearn.nn.SelfReferentialTitans` at its default switches, with any step
-    sizes, write scales and norm limit, and heads that accumulate; inputs in float32 or bfloat16, the start in float32.
-    Everything else is the chunk form's, ``NESTLEARN_OPS=torch``.
+    They do the memories of :class:`nestlearn.nn.SelfReferentialTitans` at its default switches, linear or MLP, with any
+    step sizes, write scales and norm limit; heads that accumulate, of linear memories; inputs in float32 or bfloat16,
+    the start in float32. Everything else is the chunk form's, ``NESTLEARN_OPS=torch``.
 
     >>> start = Start({"memory": (torch.zeros(1, 4, 4),)}, {"eta": torch.zeros(1)})
     >>> unsupported({}, start, WriteRule(objective="l2"))
-    "objective='l2' is not supported, only objective='dot'"
+    "objective='l2' is not supported for linear memories, only objective='dot'"
     """
+    kind = "linear" if len(start.weights[MEMORY]) == 1 else "mlp"
+    if rule.objective != OBJECTIVES[kind]:
+        known = f"only objective={OBJECTIVES[kind]!r}"
+        return f"objective={rule.objective!r} is not supported for {kind} memories, {known}"
     for name, value in SWITCHES.items():
         if getattr(rule, name) != value:
             return f"{name}={getattr(rule, name)!r} is not supported, only {name}={value!r}"
@@ -50,17 +66,17 @@ def unsupported(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> 
         return f"chunk_size={rule.chunk_size} is not supported, only up to {LONGEST} tokens"
     if start.momentum is not None:
         return "momentum is not supported, only an update without it"
-    if len(start.weights[MEMORY]) != 1:
-        return "memory='mlp' is not supported, only memory='linear'"
     if start.names != MEMORIES:
         made, known = (", ".join(names) for names in (start.names, MEMORIES))
         return f"memories of {made} are not supported, only those of {known}"
-    width = start.weights[MEMORY][0].shape[-1]
-    if width > WIDEST:
-        return f"a head of {width} channels is not supported, only up to {WIDEST}"
+    first = start.weights[MEMORY][-1]
+    if first.shape[-1] > WIDEST:
+        return f"a head of {first.shape[-1]} channels is not supported, only up to {WIDEST}"
+    if kind == "mlp" and first.shape[-2] > WIDEST:
+        return f"memory_hidden={first.shape[-2]} is not supported, only up to {WIDEST}"
     for what, tensor, known in (
         *((f"inputs[{name!r}]", x, (torch.float32, torch.bfloat16)) for name, x in inputs.items()),
-        *((f"the start of {name!r}", ws[0], (torch.float32,)) for name, ws in start.weights.items()),
+        *((f"the start of {name!r}", w, (torch.float32,)) for name, ws in start.weights.items() for w in ws),
     ):
         if tensor.dtype not in known:
             return f"{what} in {tensor.dtype} is not supported, only in {' or '.join(map(str, known))}"

@@ -1,8 +1,8 @@
 """What the forward and the backward kernel of the linear memories share: tiles, gates, tables of a segment.
 
 A tile holds C tokens or D channels, powers of two of at least 16, which is the least that a product takes; ``d``
-channels and ``chunk`` tokens of it are in use, the rest is zero. Everything is computed in float32. PRECISION is that
-of the products, as ``tl.dot`` names it.
+channels and ``chunk`` tokens of it are in use, the rest is zero. Everything is computed in float32. P is the
+precision of the products, as ``tl.dot`` names it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,36 @@ import triton.language as tl
 
 
 @triton.jit
+def load_block(at, rows, columns, R: tl.constexpr, K: tl.constexpr):
+    """A matrix of so many rows and columns at a pointer, (R, K)."""
+    i, j = tl.arange(0, R)[:, None], tl.arange(0, K)[None, :]
+    return tl.load(at + i * columns + j, mask=(i < rows) & (j < columns), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_block(at, block, rows, columns, R: tl.constexpr, K: tl.constexpr):
+    i, j = tl.arange(0, R)[:, None], tl.arange(0, K)[None, :]
+    tl.store(at + i * columns + j, block, mask=(i < rows) & (j < columns))
+
+
+@triton.jit
+def copy(at, to, size):
+    """So many numbers from one pointer to another."""
+    i = tl.arange(0, 1024)
+    for begin in range(0, size, 1024):
+        inside = begin + i < size
+        tl.store(to + begin + i, tl.load(at + begin + i, mask=inside), mask=inside)
+
+
+@triton.jit
 def load_rows(at, d, D: tl.constexpr):
     """d rows of d channels at a pointer, (D, D)."""
-    i = tl.arange(0, D)
-    inside = (i < d)[:, None] & (i < d)[None, :]
-    return tl.load(at + i[:, None] * d + i[None, :], mask=inside, other=0.0).to(tl.float32)
+    return load_block(at, d, d, D, D)
 
 
 @triton.jit
 def store_rows(at, rows, d, D: tl.constexpr):
-    i = tl.arange(0, D)
-    tl.store(at + i[:, None] * d + i[None, :], rows, mask=(i < d)[:, None] & (i < d)[None, :])
+    store_block(at, rows, d, d, D, D)
 
 
 @triton.jit
@@ -75,9 +94,9 @@ def store_tokens(at, tokens, t, valid, d, D: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr):
+def product(a, b, P: tl.constexpr):
     """``a b``."""
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, input_precision=P)
 
 
 @triton.jit
@@ -149,18 +168,19 @@ def gates(raw_eta, raw_alpha, valid, eta_max, stretch):
 
 
 @triton.jit
-def inverse(t, C: tl.constexpr, LEVELS: tl.constexpr):
-    """``(I + t)^-1`` for t (C, C) below its diagonal; C is 2^LEVELS.
+def inverse(t, C: tl.constexpr):
+    """``(I + t)^-1`` for t (C, C) below its diagonal, by substitution, a token at a time.
 
-    Blocks on the diagonal are inverted in pairs, from single tokens up: the inverse of ``[[A, 0], [B, D]]`` has
-    ``-D^-1 B A^-1`` in the corner. Powers of t would cancel where a key repeats. In full precision always.
+    Its products would be those of small blocks in full precision, which no tensor core does; this needs no operand but
+    a column and a row.
     """
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     x = tl.where(i == j, 1.0, 0.0)
-    for level in tl.static_range(LEVELS):
-        corner = ((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) > (j >> level))
-        x -= tl.dot(x, tl.dot(tl.where(corner, t, 0.0), x, input_precision="ieee"), input_precision="ieee")
+    for s in range(C):
+        column = tl.sum(tl.where(j == s, t, 0.0), 1)
+        row = tl.sum(tl.where(i == s, x, 0.0), 0)
+        x -= column[:, None] * row[None, :]
     return x
 
 
@@ -176,10 +196,10 @@ def shares(eta, log_alpha, erase, C: tl.constexpr):
 
 
 @triton.jit
-def tables(k, eta, log_alpha, erase, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def tables(k, eta, log_alpha, erase, C: tl.constexpr, P: tl.constexpr):
     """As ``ops.adjoint.Tables``: gamma, last, strength (C,); ratio, overlap, the inverse (C, C)."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     gamma, last, strength, ratio = shares(eta, log_alpha, erase, C)
-    overlap = tl.where(i > j, product(k, tl.trans(k), PRECISION) * ratio, 0.0)
-    return gamma, last, strength, ratio, overlap, inverse(overlap * strength[:, None], C, LEVELS)
+    overlap = tl.where(i > j, product(k, tl.trans(k), P) * ratio, 0.0)
+    return gamma, last, strength, ratio, overlap, inverse(overlap * strength[:, None], C)
