@@ -81,9 +81,13 @@ def _at(points: Sequence[Point], gain: float) -> dict[str, float]:
 
 def draw(lines: Curves, labels: Mapping[str, str], path: Path) -> Path:
     """A panel for each old ability, a line for each method."""
-    figure = new_figure(4.2 * len(labels), 4.4)
-    panels = figure.subplots(1, len(labels), squeeze=False)[0]
-    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+    columns = min(3, len(labels))
+    rows = -(-len(labels) // columns)
+    figure = new_figure(4.2 * columns, 1.0 + 3.4 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for spare in panels[len(labels) :]:
+        spare.remove()
+    for axes, (key, label) in zip(panels, labels.items(), strict=False):
         for place, (name, points) in enumerate(lines.items()):
             x, y = [0.0, *(point.gain for point in points)], [0.0, *(point.lost[key] for point in points)]
             dashed = "-" if name.startswith("hope") else "--"
