@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel of the linear memories share: tiles, gates, tables of a segment.
+"""What all kernels share: tiles, gates, tables of a segment.
 
 A tile holds C tokens or D channels, powers of two of at least 16, which is the least that a product takes; ``d``
 channels and ``chunk`` tokens of it are in use, the rest is zero. Everything is computed in float32. P is the
@@ -58,27 +58,6 @@ def store_row(at, row, d, D: tl.constexpr):
 
 
 @triton.jit
-def load_memories(at, d, D: tl.constexpr):
-    """The rows of a packed state (R, d) at a pointer: eta, alpha (D,), k, v, memory (D, D)."""
-    return (
-        load_row(at, d, D),
-        load_row(at + d, d, D),
-        load_rows(at + 2 * d, d, D),
-        load_rows(at + (2 + d) * d, d, D),
-        load_rows(at + (2 + 2 * d) * d, d, D),
-    )
-
-
-@triton.jit
-def store_memories(at, eta, alpha, k, v, m, d, D: tl.constexpr):
-    store_row(at, eta, d, D)
-    store_row(at + d, alpha, d, D)
-    store_rows(at + 2 * d, k, d, D)
-    store_rows(at + (2 + d) * d, v, d, D)
-    store_rows(at + (2 + 2 * d) * d, m, d, D)
-
-
-@triton.jit
 def load_tokens(at, t, valid, d, D: tl.constexpr):
     """Tokens ``t`` (C,) of a sequence at a pointer, (C, D); zero where ``valid`` says that one does not count."""
     i = tl.arange(0, D)
@@ -118,18 +97,6 @@ def limit_adjoint(s, d_limited, most):
     factor = shrink(squares, most)
     return d_limited * factor - s * tl.where(
         squares > most, factor / tl.maximum(squares, most) * tl.sum(s * d_limited), 0.0
-    )
-
-
-@triton.jit
-def limited(eta, alpha, k, v, m, limit, d):
-    """The five memories within ``limit``, of the summed squares of a row; a square block has d times as much."""
-    return (
-        eta * shrink(tl.sum(eta * eta), limit),
-        alpha * shrink(tl.sum(alpha * alpha), limit),
-        k * shrink(tl.sum(k * k), limit * d),
-        v * shrink(tl.sum(v * v), limit * d),
-        m * shrink(tl.sum(m * m), limit * d),
     )
 
 
