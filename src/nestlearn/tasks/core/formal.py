@@ -57,7 +57,7 @@ SIZE = {"dim": 32, "layers": 2, "heads": 4, "intermediate": 96}
 TINY = {"dim": 16, "layers": 1, "heads": 2, "intermediate": 24}
 RECIPES: dict[str, dict[str, Any]] = {
     "smoke": dict(size=TINY, steps=10, batch=8, longest=8, every=5, patience=0, device="cpu"),
-    "cpu": dict(size=SIZE, steps=1500, batch=32, longest=50, every=50, patience=0, device="cpu"),
+    "cpu": dict(size=SIZE, steps=1000, batch=32, longest=50, every=50, patience=0, device="cpu"),
     "gpu": dict(size=SIZE | {"dim": 128, "intermediate": 384}, steps=5000, batch=128, longest=50, every=50, patience=0)
     | {"device": "cuda"},
 }
@@ -67,11 +67,11 @@ CRITERION = ("validation_error", "validation_loss")
 
 # A long fall of the rate: to count further than in training, a step up and a step down must cancel to a percent, which
 # the training loss hardly asks for once it is small (docs/log.md).
-WARMUP, DECAY = 50, 750  # steps
+WARMUP, DECAY = 50, 500  # steps
 WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
 # Of the embeddings' root mean square, while a model trains. Without it the loss falls to 1e-8, where nothing asks for
 # more precision, and a count that is right to a percent is wrong in a longer word.
-NOISE = 0.2
+NOISE = 0.1
 TEST_WORDS = 500  # of each bin, where a language has many words of a size
 VALIDATION_WORDS = 300
 VALIDATION_SEED, TEST_SEED = 1, 2  # training draws from seeds of its own
