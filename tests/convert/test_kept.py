@@ -107,12 +107,13 @@ def test_an_update_is_bent_and_no_other_weight() -> None:
     assert torch.equal(after.weights[other], free.weights[other])
 
 
-def test_it_is_saved_and_comes_back_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [3, None])
+def test_it_is_saved_and_comes_back_to_the_bit(tmp_path: Path, rank: int | None) -> None:
     tokenizer = Letters()
     base: PreTrainedModel = make()
     base.save_pretrained(tmp_path / "base")
     model = convert(base, LevelsConfig("split", (Level(4, 0.1), Level(8, 0.1))))
-    model.keep(tokenizer, TEXT, rank=3)
+    model.keep(tokenizer, TEXT, rank=rank)
     model.save_pretrained(tmp_path / "learned")
     again = ContinualModel.from_pretrained(tmp_path / "learned", tmp_path / "base")
     for one, two in zip(model.levels, again.levels, strict=True):
