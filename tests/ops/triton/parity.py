@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nestlearn.nn import SelfReferentialTitans
 from nestlearn.ops import CoreState, Start, WriteRule, self_modify
 
 pytest.importorskip("triton", reason="needs Triton: pip install -e '.[oracles]'")
@@ -127,3 +128,28 @@ def second_derivatives(
         second = torch.autograd.grad(weigh(*first), list(named.values()))
         results.append(dict(zip(named, second, strict=True)))
     return {n: relative(results[1][n], b) for n, b in results[0].items()}
+
+
+def of_layer(
+    monkeypatch: pytest.MonkeyPatch, layer: SelfReferentialTitans, lengths: list[int]
+) -> tuple[float, dict[str, float]]:
+    """What a layer by the kernels differs by from the chunk form: outputs that count, and gradients by parameter."""
+    x, counts = torch.randn(len(lengths), max(lengths), layer.dim), torch.tensor(lengths)
+    results = []
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("NESTLEARN_OPS", name)
+        y, _ = layer(x, lengths=counts)
+        y = y * (torch.arange(max(lengths)) < counts[:, None]).unsqueeze(-1)
+        results.append((y, torch.autograd.grad(weigh(y), list(layer.parameters()))))
+    (y0, g0), (y1, g1) = results
+    names = [name for name, _ in layer.named_parameters()]
+    return relative(y1, y0), {name: relative(a, b) for name, a, b in zip(names, g1, g0, strict=True)}
+
+
+def with_nan(monkeypatch: pytest.MonkeyPatch, start: Start, rule: WriteRule, name: str) -> tuple[Tensor, CoreState]:
+    """Outputs and state of two rows of six tokens of which ``name`` is NaN at the fifth; it counts in the first."""
+    monkeypatch.setenv("NESTLEARN_OPS", "triton")
+    heads, _, width = start.weights["memory"][-1].shape
+    inputs = make_inputs(2, heads, 6, width, torch.float32)
+    inputs[name][:, :, 4] = torch.nan
+    return self_modify(inputs, start, rule, None, torch.tensor([6, 4]))

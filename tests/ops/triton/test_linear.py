@@ -18,11 +18,12 @@ from tests.ops.triton.parity import (
     Small,
     errors,
     make_inputs,
+    of_layer,
     of_rounded_inputs,
     relative,
     second_derivatives,
     sequence,
-    weigh,
+    with_nan,
 )
 
 RULES: dict[str, tuple[dict, bool]] = {
@@ -111,23 +112,15 @@ def test_second_derivatives_are_those_of_the_chunk_form(monkeypatch: pytest.Monk
 def test_a_layer_of_hope_runs_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = SelfReferentialTitans(dim=32, heads=2, chunk_size=16, accumulators=1)
-    x, results = torch.randn(2, 20, 32), []
-    for name in ("torch", "triton"):
-        monkeypatch.setenv("NESTLEARN_OPS", name)
-        y, _ = layer(x, lengths=torch.tensor([20, 13]))
-        y = y * (torch.arange(20) < torch.tensor([[20], [13]])).unsqueeze(-1)
-        results.append((y, torch.autograd.grad(weigh(y), list(layer.parameters()))))
-    assert relative(results[1][0], results[0][0]) < 1e-5
-    for (name, _), a, b in zip(layer.named_parameters(), results[1][1], results[0][1], strict=True):
-        assert relative(a, b) < 1e-4, name
+    output, gradients = of_layer(monkeypatch, layer, [20, 13])
+    assert output < 1e-5
+    for name, error in gradients.items():
+        assert error < 1e-4, name
 
 
 @pytest.mark.parametrize("name", ["eta", "alpha", "k", "v"])
 def test_nan_passes_loudly_and_padding_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("NESTLEARN_OPS", "triton")
-    start, inputs = make(2, 16, torch.float32), make_inputs(2, 2, 6, 16, torch.float32)
-    inputs[name][:, :, 4] = torch.nan
-    y, state = self_modify(inputs, start, WriteRule(chunk_size=16), None, torch.tensor([6, 4]))
+    y, state = with_nan(monkeypatch, make(2, 16, torch.float32), WriteRule(chunk_size=16), name)
     assert y[0, :, 4].isnan().all()
     assert state.current[0][0].isnan().any()
     assert y[1].isfinite().all()

@@ -17,11 +17,12 @@ from tests.ops.triton.parity import (
     Small,
     errors,
     make_inputs,
+    of_layer,
     of_rounded_inputs,
     relative,
     second_derivatives,
     sequence,
-    weigh,
+    with_nan,
 )
 
 
@@ -108,23 +109,15 @@ def test_second_derivatives_are_those_of_the_chunk_form(monkeypatch: pytest.Monk
 def test_a_layer_of_hope_runs_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = SelfReferentialTitans(dim=32, heads=2, chunk_size=16, memory="mlp")
-    x, results = torch.randn(2, 12, 32), []
-    for name in ("torch", "triton"):
-        monkeypatch.setenv("NESTLEARN_OPS", name)
-        y, _ = layer(x, lengths=torch.tensor([12, 7]))
-        y = y * (torch.arange(12) < torch.tensor([[12], [7]])).unsqueeze(-1)
-        results.append((y, torch.autograd.grad(weigh(y), list(layer.parameters()))))
-    assert relative(results[1][0], results[0][0]) < 1e-5
-    for (name, _), a, b in zip(layer.named_parameters(), results[1][1], results[0][1], strict=True):
-        assert relative(a, b) < 1e-4, name
+    output, gradients = of_layer(monkeypatch, layer, [12, 7])
+    assert output < 1e-5
+    for name, error in gradients.items():
+        assert error < 1e-4, name
 
 
 @pytest.mark.parametrize("name", ["eta", "alpha", "k", "v"])
 def test_nan_passes_loudly_and_padding_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("NESTLEARN_OPS", "triton")
-    start, inputs = make(1, 16, 16, torch.float32), make_inputs(2, 1, 6, 16, torch.float32)
-    inputs[name][:, :, 4] = torch.nan
-    y, state = self_modify(inputs, start, rule_of(16), None, torch.tensor([6, 4]))
+    y, state = with_nan(monkeypatch, make(1, 16, 16, torch.float32), rule_of(16), name)
     assert y[0, :, 4].isnan().all()
     assert state.current[0][0].isnan().any()
     assert y[1].isfinite().all()

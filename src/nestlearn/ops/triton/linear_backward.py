@@ -30,6 +30,7 @@ from nestlearn.ops.triton.tiles import (
 )
 
 
+@triton.constexpr_function
 def backward_room(c: int, d: int) -> int:
     """Numbers that a program's tiles take: thirteen of D x D, two of D, twelve of C x D, three of C x C."""
     return (13 * d + 2 + 12 * c) * d + 3 * c * c
@@ -102,7 +103,7 @@ def linear_backward(
     d_current_ptr += n * size
     d_anchor_ptr += n * size
 
-    w_at = scratch_ptr + n * ((13 * D + 2 + 12 * C) * D + 3 * C * C)
+    w_at = scratch_ptr + n * backward_room(C, D)
     s_at = w_at + 3 * D * D
     d_s_at = s_at + 3 * D * D
     d_w_at = d_s_at + 3 * D * D

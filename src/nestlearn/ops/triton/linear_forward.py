@@ -29,6 +29,7 @@ from nestlearn.ops.triton.tiles import (
 )
 
 
+@triton.constexpr_function
 def forward_room(c: int, d: int) -> int:
     """Numbers that a program's tiles take: seven of D x D, five of C x D, two of C x C."""
     return 7 * d * d + 5 * c * d + 2 * c * c
@@ -83,7 +84,7 @@ def linear_forward(
     new_anchor_ptr += n * size
     new_current_ptr += n * size
     kept_ptr += n * most_segments * size
-    w_at = scratch_ptr + n * (7 * D * D + 5 * C * D + 2 * C * C)
+    w_at = scratch_ptr + n * forward_room(C, D)
     s_at = w_at + 3 * D * D
     read_at = s_at + 3 * D * D
     k_at = read_at + D * D

@@ -24,26 +24,23 @@ from nestlearn.ops.triton.mlp_stages import (
 from nestlearn.ops.triton.mlp_tiles import (
     SLOTS,
     Head,
-    generate,
+    begin,
     load_w1,
     load_w2,
     most1,
     most2,
-    put,
     scratch_at,
     store_w1,
     store_w2,
-    take,
     write,
 )
+from nestlearn.ops.triton.scratch import fetch
 from nestlearn.ops.triton.tiles import (
     copy,
-    gates,
     limit_adjoint,
     load_tokens,
     product,
     store_tokens,
-    tables,
     unit,
     unit_adjoint,
 )
@@ -165,19 +162,13 @@ def mlp_backward(
         of = Head(base_ptr, answering_ptr, state_ptr, moved, limit, d, hidden)
         t = g * chunk - early + place
         valid = (place < chunk) & (t >= 0) & (t < count)
-        raw_eta = tl.sum(generate(of, x_eta_ptr + sequence, 0, t, valid, D, E, P), 1)
-        raw_alpha = tl.sum(generate(of, x_alpha_ptr + sequence, 1, t, valid, D, E, P), 1)
-        raw_eta += tl.load(bias_ptr + 2 * head)
-        raw_alpha += tl.load(bias_ptr + 2 * head + 1)
-        eta, log_alpha, slope, opening = gates(raw_eta, raw_alpha, valid, eta_max, stretch)
-        k, k_factor = unit(generate(of, x_k_ptr + sequence, 2, t, valid, D, E, P))
-        v, v_factor = unit(generate(of, x_v_ptr + sequence, 3, t, valid, D, E, P))
-        gamma, last, strength, ratio, overlap, inverted = tables(k, eta, log_alpha, erase, C, P)
-        end = tl.exp(tl.sum(log_alpha, 0))
-        fading = strength * gamma
-        put(at.k, k, C, D)
-        put(at.v, v, C, D)
-        put(at.inverted, inverted, C, C)
+        xs = x_eta_ptr + sequence, x_alpha_ptr + sequence, x_k_ptr + sequence, x_v_ptr + sequence
+        gate, factors, table, end, fading = begin(
+            of, at, xs, bias_ptr + 2 * head, erase, t, valid, eta_max, stretch, C, D, E, P
+        )
+        eta, log_alpha, slope, opening = gate
+        k_factor, v_factor = factors
+        gamma, last, strength, ratio, overlap = table
 
         d_k = tl.zeros([C, D], tl.float32)
         d_v = tl.zeros([C, D], tl.float32)
@@ -215,7 +206,7 @@ def mlp_backward(
             more_t, d_erasing = write_adjoint(of, d_of, at, m, fading, C, D, E, P)
             d_t += more_t
             d_k += d_erasing * fading[:, None]
-            met += tl.sum(d_erasing * take(at.k, C, D), 1)
+            met += tl.sum(d_erasing * fetch(at.k, C, D), 1)
             tl.debug_barrier()
             answer_k, answer_v, d_step = answer_adjoint(of, d_of, at, m, eta * scale, C, D, E, P)
             d_k += answer_k
@@ -230,7 +221,7 @@ def mlp_backward(
         d_log_ratio += d_overlap * strength[:, None]
         d_log_gamma += met * fading
         d_product = d_t * strength[:, None] * ratio
-        k, v = take(at.k, C, D), take(at.v, C, D)
+        k, v = fetch(at.k, C, D), fetch(at.v, C, D)
         d_k += product(d_product + tl.trans(d_product), k, P)
         less = tl.exp(-log_alpha)
         sum_erase += d_strength * less * eta

@@ -14,40 +14,38 @@ import triton.language as tl
 from nestlearn.ops.triton.mlp_tiles import (
     SLOTS,
     Head,
-    generate,
+    begin,
+    first_layer_of_read,
     limited1,
     limited2,
     load_w1,
     load_w2,
-    put,
     scratch_at,
     silu,
     store_w1,
     store_w2,
-    take,
     write,
 )
-from nestlearn.ops.triton.tiles import copy, gates, load_tokens, product, store_tokens, tables, unit
+from nestlearn.ops.triton.scratch import fetch
+from nestlearn.ops.triton.tiles import copy, load_tokens, product, store_tokens, unit
 
 
 @triton.jit
 def read(of, at, q, gamma, ratio, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
     """The main memory's answers to q (C, D) after each token's write: through the first layer, then the last."""
-    scores = product(q, tl.trans(take(at.k, C, D)), P) * ratio
-    zq = product(q, tl.trans(load_w2(of.state, of, 4, D, E)), P) * gamma[:, None]
-    zq += product(scores, take(at.written, C, E), P) + product(q, tl.trans(load_w2(of.base, of, 4, D, E)), P)
+    zq = first_layer_of_read(of, at, q, gamma, ratio, C, D, E, P)
     tl.debug_barrier()
     hq = silu(zq)
-    scores = product(hq, tl.trans(silu(take(at.zk, C, E))), P) * ratio
+    scores = product(hq, tl.trans(silu(fetch(at.zk, C, E))), P) * ratio
     y = q + product(hq, tl.trans(load_w1(of.state, of, 4, D, E)), P) * gamma[:, None]
-    return y + product(scores, take(at.r, C, D), P) + product(hq, tl.trans(load_w1(of.base, of, 4, D, E)), P)
+    return y + product(scores, fetch(at.r, C, D), P) + product(hq, tl.trans(load_w1(of.base, of, 4, D, E)), P)
 
 
 @triton.jit
 def advance(of, at, m, last, end, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
     """The next state of memory m, in place of this one."""
-    more2 = product(tl.trans(take(at.written, C, E)), take(at.k, C, D) * last[:, None], P)
-    more1 = product(tl.trans(take(at.r, C, D)), silu(take(at.zk, C, E)) * last[:, None], P)
+    more2 = product(tl.trans(fetch(at.written, C, E)), fetch(at.k, C, D) * last[:, None], P)
+    more1 = product(tl.trans(fetch(at.r, C, D)), silu(fetch(at.zk, C, E)) * last[:, None], P)
     s2, s1 = load_w2(of.state, of, m, D, E), load_w1(of.state, of, m, D, E)
     tl.debug_barrier()
     store_w2(of.state, of, m, s2 * end + more2, D, E)
@@ -131,19 +129,12 @@ def mlp_forward(
 
         t = g * chunk - early + place
         valid = (place < chunk) & (t >= 0) & (t < count)
-        raw_eta = tl.sum(generate(of, x_eta_ptr + sequence, 0, t, valid, D, E, P), 1)
-        raw_alpha = tl.sum(generate(of, x_alpha_ptr + sequence, 1, t, valid, D, E, P), 1)
-        raw_eta += tl.load(bias_ptr + 2 * head)
-        raw_alpha += tl.load(bias_ptr + 2 * head + 1)
-        eta, log_alpha, _, _ = gates(raw_eta, raw_alpha, valid, eta_max, stretch)
-        k, _ = unit(generate(of, x_k_ptr + sequence, 2, t, valid, D, E, P))
-        v, _ = unit(generate(of, x_v_ptr + sequence, 3, t, valid, D, E, P))
-        gamma, last, strength, ratio, _, inverted = tables(k, eta, log_alpha, erase, C, P)
-        end = tl.exp(tl.sum(log_alpha, 0))
-        fading = strength * gamma
-        put(at.k, k, C, D)
-        put(at.v, v, C, D)
-        put(at.inverted, inverted, C, C)
+        xs = x_eta_ptr + sequence, x_alpha_ptr + sequence, x_k_ptr + sequence, x_v_ptr + sequence
+        gate, _, table, end, fading = begin(
+            of, at, xs, bias_ptr + 2 * head, erase, t, valid, eta_max, stretch, C, D, E, P
+        )
+        eta, _, _, _ = gate
+        gamma, last, _, ratio, _ = table
 
         for m in range(5):
             tl.debug_barrier()

@@ -13,22 +13,22 @@ import triton
 import triton.language as tl
 
 from nestlearn.ops.triton.mlp_tiles import (
+    first_layer_of_read,
     limited1,
     limited2,
     load_w1,
     load_w2,
     place_of,
-    put,
     shortened,
     silu,
     silu_curve,
     silu_slope,
     store_w1,
     store_w2,
-    take,
     weights1,
     weights2,
 )
+from nestlearn.ops.triton.scratch import fetch, leave
 from nestlearn.ops.triton.tiles import load_block, load_tokens, product, store_block, store_tokens
 
 
@@ -70,13 +70,13 @@ def end_adjoint(of, d_of, at, m, last, end, C: tl.constexpr, D: tl.constexpr, E:
     Returns derivatives by k (C, D), by the logarithms of ``last`` (C,) and of ``end``.
     """
     d_next2, d_next1 = load_w2(d_of.current, of, m, D, E), load_w1(d_of.current, of, m, D, E)
-    k, hk = take(at.k, C, D), silu(take(at.zk, C, E))
-    put(at.d_written, product(k * last[:, None], tl.trans(d_next2), P), C, E)
-    put(at.d_r, product(hk * last[:, None], tl.trans(d_next1), P), C, D)
+    k, hk = fetch(at.k, C, D), silu(fetch(at.zk, C, E))
+    leave(at.d_written, product(k * last[:, None], tl.trans(d_next2), P), C, E)
+    leave(at.d_r, product(hk * last[:, None], tl.trans(d_next1), P), C, D)
     tl.debug_barrier()
-    d_k = product(take(at.written, C, E), d_next2, P) * last[:, None]
-    d_hk = product(take(at.r, C, D), d_next1, P) * last[:, None]
-    put(at.d_hk, d_hk, C, E)
+    d_k = product(fetch(at.written, C, E), d_next2, P) * last[:, None]
+    d_hk = product(fetch(at.r, C, D), d_next1, P) * last[:, None]
+    leave(at.d_hk, d_hk, C, E)
     d_log_end = tl.sum(d_next2 * limited2(of.state, of, m, D, E)) + tl.sum(d_next1 * limited1(of.state, of, m, D, E))
     store_w2(d_of.current, of, m, d_next2 * end, D, E)
     store_w1(d_of.current, of, m, d_next1 * end, D, E)
@@ -91,19 +91,17 @@ def last_layer_adjoint(
 
     Returns derivatives by the logarithms of ``gamma`` (C,) and of ``ratio`` (C, C).
     """
-    scores = product(q, tl.trans(take(at.k, C, D)), P) * ratio
-    zq = product(q, tl.trans(limited2(of.state, of, 4, D, E)), P) * gamma[:, None]
-    zq += product(scores, take(at.written, C, E), P) + product(q, tl.trans(load_w2(of.base, of, 4, D, E)), P)
+    zq = first_layer_of_read(of, at, q, gamma, ratio, C, D, E, P)
     tl.debug_barrier()
-    hq, hk = silu(zq), silu(take(at.zk, C, E))
+    hq, hk = silu(zq), silu(fetch(at.zk, C, E))
     scores = product(hq, tl.trans(hk), P) * ratio
     d_hq = product(d_y, limited1(of.state, of, 4, D, E), P) * gamma[:, None]
     d_log_gamma = tl.sum(d_hq * hq, 1)
-    d_scores = product(d_y, tl.trans(take(at.r, C, D)), P)
+    d_scores = product(d_y, tl.trans(fetch(at.r, C, D)), P)
     d_log_ratio = d_scores * scores
     d_scores *= ratio
     d_hq += product(d_scores, hk, P) + product(d_y, load_w1(of.base, of, 4, D, E), P)
-    put(at.d_zq, d_hq * silu_slope(zq), C, E)
+    leave(at.d_zq, d_hq * silu_slope(zq), C, E)
     add_block(at.d_hk, product(tl.trans(d_scores), hq, P), C, E, C, E)
     add_block(at.d_r, product(tl.trans(scores), d_y, P), C, D, C, D)
     add_w1(d_of.base, of, 4, product(tl.trans(d_y), hq, P), D, E)
@@ -119,11 +117,11 @@ def first_layer_adjoint(
 
     Returns derivatives by q and k (C, D), by the logarithms of ``gamma`` (C,) and of ``ratio`` (C, C).
     """
-    d_zq, k = take(at.d_zq, C, E), take(at.k, C, D)
+    d_zq, k = fetch(at.d_zq, C, E), fetch(at.k, C, D)
     d_q = product(d_zq, limited2(of.state, of, 4, D, E), P) * gamma[:, None]
     d_log_gamma = tl.sum(d_q * q, 1)
     scores = product(q, tl.trans(k), P) * ratio
-    d_scores = product(d_zq, tl.trans(take(at.written, C, E)), P)
+    d_scores = product(d_zq, tl.trans(fetch(at.written, C, E)), P)
     d_log_ratio = d_scores * scores
     d_scores *= ratio
     d_q += d_y + product(d_scores, k, P) + product(d_zq, load_w2(of.base, of, 4, D, E), P)
@@ -140,14 +138,14 @@ def write_adjoint(of, d_of, at, m, fading, C: tl.constexpr, D: tl.constexpr, E: 
 
     Returns derivatives by T (C, C) as far as below the diagonal, and by the erasing keys (C, D).
     """
-    d_written = product(tl.trans(take(at.inverted, C, C)), take(at.d_written, C, E), P)
+    d_written = product(tl.trans(fetch(at.inverted, C, C)), fetch(at.d_written, C, E), P)
     tl.debug_barrier()
-    put(at.d_written, d_written, C, E)
-    d_t = -product(d_written, tl.trans(take(at.written, C, E)), P)
+    leave(at.d_written, d_written, C, E)
+    d_t = -product(d_written, tl.trans(fetch(at.written, C, E)), P)
     d_erasing = -product(d_written, limited2(of.state, of, m, D, E), P)
-    erasing = take(at.k, C, D) * fading[:, None]
+    erasing = fetch(at.k, C, D) * fading[:, None]
     add_w2(d_of.current, of, m, -product(tl.trans(d_written), erasing, P), D, E)
-    d_back = d_written * silu_slope(take(at.zk, C, E))
+    d_back = d_written * silu_slope(fetch(at.zk, C, E))
     add_block(at.d_r, product(d_back, tl.trans(weights1(of, m, D, E)), P), C, D, C, D)
     return d_t, d_erasing
 
@@ -159,7 +157,7 @@ def answer_adjoint(of, d_of, at, m, step, C: tl.constexpr, D: tl.constexpr, E: t
     Returns derivatives by k and v (C, D), and by step sizes (C,) in units of the scale.
     """
     w2, w1 = weights2(of, m, D, E), weights1(of, m, D, E)
-    answers, values, d_r = take(at.a, C, D), take(at.u, C, D), take(at.d_r, C, D)
+    answers, values, d_r = fetch(at.a, C, D), fetch(at.u, C, D), fetch(at.d_r, C, D)
     factor = shortened(values)
     along = tl.sum(values * d_r, 1)
     d_step = along * factor - tl.sum(answers * d_r, 1)
@@ -167,16 +165,16 @@ def answer_adjoint(of, d_of, at, m, step, C: tl.constexpr, D: tl.constexpr, E: t
     turned = tl.where(factor < 1, step * along * factor * factor * factor, 0.0)
     d_values = d_r * (step * factor)[:, None] - values * turned[:, None]
     d_answers = -d_r * step[:, None]
-    zk, zv, d_written = take(at.zk, C, E), take(at.zv, C, E), take(at.d_written, C, E)
-    d_w1 = product(tl.trans(take(at.r, C, D)), d_written * silu_slope(zk), P)
+    zk, zv, d_written = fetch(at.zk, C, E), fetch(at.zv, C, E), fetch(at.d_written, C, E)
+    d_w1 = product(tl.trans(fetch(at.r, C, D)), d_written * silu_slope(zk), P)
     d_w1 += product(tl.trans(d_answers), silu(zk), P) + product(tl.trans(d_values), silu(zv), P)
     store_w1(d_of.anchor, of, m, d_w1, D, E)
-    d_hk = take(at.d_hk, C, E) + product(d_answers, w1, P)
-    d_zk = d_hk * silu_slope(zk) + silu_curve(zk) * take(at.back, C, E) * d_written
+    d_hk = fetch(at.d_hk, C, E) + product(d_answers, w1, P)
+    d_zk = d_hk * silu_slope(zk) + silu_curve(zk) * fetch(at.back, C, E) * d_written
     d_zv = product(d_values, w1, P) * silu_slope(zv)
     d_k = tl.where(m < 2, 0.0, d_answers) + product(d_zk, w2, P)
     d_v = tl.where(m < 2, 0.0, d_values) + product(d_zv, w2, P)
-    d_w2 = product(tl.trans(d_zk), take(at.k, C, D), P) + product(tl.trans(d_zv), take(at.v, C, D), P)
+    d_w2 = product(tl.trans(d_zk), fetch(at.k, C, D), P) + product(tl.trans(d_zv), fetch(at.v, C, D), P)
     store_w2(d_of.anchor, of, m, d_w2, D, E)
     return d_k, d_v, d_step
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from nestlearn.ops.triton.tiles import load_block, load_tokens, product, shrink, store_block
+from nestlearn.ops.triton.scratch import fetch, leave
+from nestlearn.ops.triton.tiles import gates, load_block, load_tokens, product, shrink, store_block, tables, unit
 
 
 class Head(NamedTuple):
@@ -185,33 +186,71 @@ def scratch_at(at, SLOT: tl.constexpr):
 
 
 @triton.jit
-def take(at, C: tl.constexpr, K: tl.constexpr):
-    """A tile (C, K) of the scratch."""
-    return load_block(at, C, K, C, K)
-
-
-@triton.jit
-def put(at, tile, C: tl.constexpr, K: tl.constexpr):
-    store_block(at, tile, C, K, C, K)
-
-
-@triton.jit
 def write(of, at, m, step, fading, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
     """What memory m answers, which values it makes of its own, what it writes; ``fading`` (C,) is that of the erasing
     keys."""
-    k, v = take(at.k, C, D), take(at.v, C, D)
+    k, v = fetch(at.k, C, D), fetch(at.v, C, D)
     w2 = weights2(of, m, D, E)
     zk, zv = product(k, tl.trans(w2), P), product(v, tl.trans(w2), P)
-    put(at.zk, zk, C, E)
-    put(at.zv, zv, C, E)
+    leave(at.zk, zk, C, E)
+    leave(at.zv, zv, C, E)
     w1 = weights1(of, m, D, E)
     answers, values = answer(k, zk, w1, m < 2, P), answer(v, zv, w1, m < 2, P)
     r = (values * shortened(values)[:, None] - answers) * step[:, None]
-    put(at.a, answers, C, D)
-    put(at.u, values, C, D)
-    put(at.r, r, C, D)
+    leave(at.a, answers, C, D)
+    leave(at.u, values, C, D)
+    leave(at.r, r, C, D)
     back = product(r, w1, P)
-    put(at.back, back, C, E)
+    leave(at.back, back, C, E)
     erased = product(k * fading[:, None], tl.trans(limited2(of.state, of, m, D, E)), P)
     written = back * silu_slope(zk) - erased
-    put(at.written, product(take(at.inverted, C, C), written, P), C, E)
+    leave(at.written, product(fetch(at.inverted, C, C), written, P), C, E)
+
+
+@triton.jit
+def begin(
+    of,
+    at,
+    xs,
+    bias_ptr,
+    erase,
+    t,
+    valid,
+    eta_max,
+    stretch,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    P: tl.constexpr,
+):
+    """What the memories make of the tokens of a segment, and its tables.
+
+    Keys, values and the inverse go to the scratch. Returns what ``gates`` gives; the factors that brought keys and
+    values to length 1; of the tables gamma, last, strength, ratio and overlap; the retained fraction of the whole
+    segment; and what the erasing keys are of the keys.
+    """
+    raw_eta = tl.sum(generate(of, xs[0], 0, t, valid, D, E, P), 1) + tl.load(bias_ptr)
+    raw_alpha = tl.sum(generate(of, xs[1], 1, t, valid, D, E, P), 1) + tl.load(bias_ptr + 1)
+    eta, log_alpha, slope, opening = gates(raw_eta, raw_alpha, valid, eta_max, stretch)
+    k, k_factor = unit(generate(of, xs[2], 2, t, valid, D, E, P))
+    v, v_factor = unit(generate(of, xs[3], 3, t, valid, D, E, P))
+    gamma, last, strength, ratio, overlap, inverted = tables(k, eta, log_alpha, erase, C, P)
+    leave(at.k, k, C, D)
+    leave(at.v, v, C, D)
+    leave(at.inverted, inverted, C, C)
+    end = tl.exp(tl.sum(log_alpha, 0))
+    return (
+        (eta, log_alpha, slope, opening),
+        (k_factor, v_factor),
+        (gamma, last, strength, ratio, overlap),
+        end,
+        strength * gamma,
+    )
+
+
+@triton.jit
+def first_layer_of_read(of, at, q, gamma, ratio, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr, P: tl.constexpr):
+    """What the first layer of the main memory makes of q (C, D) after each token's write, (C, E)."""
+    scores = product(q, tl.trans(fetch(at.k, C, D)), P) * ratio
+    zq = product(q, tl.trans(limited2(of.state, of, 4, D, E)), P) * gamma[:, None]
+    return zq + product(scores, fetch(at.written, C, E), P) + product(q, tl.trans(load_w2(of.base, of, 4, D, E)), P)

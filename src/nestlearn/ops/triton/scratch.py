@@ -5,7 +5,7 @@ leaves a tile, and a product loads its operands from there in blocks of BLOCK al
 over. A tile is dense float32, its sides powers of two; what is out of use is zero.
 
 Barriers: another thread of the program may load what one has stored, so it must have been stored by then, and what was
-there before must have been loaded. :func:`put` waits for both.
+there before must have been loaded. :func:`put` waits for both; stages that leave several tiles wait once for all.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ def fetch(at, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def put(at, tile, M: tl.constexpr, N: tl.constexpr):
-    """Leave a tile (M, N) at a pointer, for all threads of the program."""
-    tl.debug_barrier()  # what it takes the place of has been loaded
+def leave(at, tile, M: tl.constexpr, N: tl.constexpr):
+    """Store a tile (M, N) at a pointer, where whoever calls sees to the barriers."""
     tl.store(at + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :], tile)
+
+
+@triton.jit
+def put(at, tile, M: tl.constexpr, N: tl.constexpr):
+    """The same, for all threads of the program."""
+    tl.debug_barrier()  # what it takes the place of has been loaded
+    leave(at, tile, M, N)
     tl.debug_barrier()  # it can be loaded
 
 
