@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def kept_inputs(
     if rank is not None and rank < 1:
         raise UserError(f"rank={rank} of what is kept: give 1 direction or more, or None for all")
     seen: dict[nn.Module, list[Tensor]] = {piece.layer: [] for piece in pieces.values()}
-    hooks = [layer.register_forward_pre_hook(lambda m, x: seen[m].append(x[0].flatten(0, -2))) for layer in seen]
+    hooks = [layer.register_forward_pre_hook(lambda m, x: seen[m].append(x[0])) for layer in seen]
     try:
         for ids in windows:
             model(ids[None])
@@ -86,20 +87,20 @@ def kept_inputs(
     if not any(seen.values()):
         raise UserError("the text to keep has no token: give some pages of what the model should stay good at")
     found = {}
-    for layer, parts in seen.items():
-        inputs = torch.cat(parts).float()
-        parts.clear()
-        shared: dict[tuple[int, int] | None, Tensor] = {}  # by the part of the inputs that a piece sees
-        for name, piece in pieces.items():
-            if piece.layer is not layer:
-                continue
-            if piece.attribute == "bias":
-                found[name] = Kept(_inverse(inputs.new_ones(1, 1), strength, None))
-                continue
-            cut = None if piece.axis != int(not is_transposed(piece)) else (piece.start, piece.length)
-            if cut not in shared:
-                shared[cut] = _inverse(inputs if cut is None else inputs.narrow(1, *cut), strength, rank)
-            found[name] = Kept(shared[cut], is_transposed(piece))
+    shared: dict[
+        Any, Tensor
+    ] = {}  # by the very inputs, which two layers may see, and the part that a piece sees of them
+    for name, piece in pieces.items():
+        parts = seen[piece.layer]
+        if piece.attribute == "bias":
+            found[name] = Kept(_inverse(parts[0].new_ones(1, 1), strength, None))
+            continue
+        cut = None if piece.axis != int(not is_transposed(piece)) else (piece.start, piece.length)
+        key = (*map(id, parts), cut)
+        if key not in shared:
+            inputs = torch.cat([x.flatten(0, -2) for x in parts])
+            shared[key] = _inverse(inputs if cut is None else inputs.narrow(1, *cut), strength, rank)
+        found[name] = Kept(shared[key], is_transposed(piece))
     return found
 
 

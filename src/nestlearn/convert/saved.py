@@ -52,7 +52,7 @@ def save_converted(model: ContinualModel, folder: Path) -> None:
     # The weights first: their hash stands in the other file, so that two halves of different age are not one model.
     write_atomic(folder / LEARNED, lambda path: save_file(learned, path))
     entries = {"learned": {"sha256": _hash(folder / LEARNED), "weights": len(learned)}}
-    # Levels that see the same inputs share a matrix, which safetensors does not write.
+    # Weights that see the same inputs share a matrix, which safetensors does not write.
     kept = {
         name: own.matrix.clone(memory_format=torch.contiguous_format)
         for level in model.levels

@@ -39,6 +39,17 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def panel_grid(count: int, most: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels, ``most`` in a row, each of so many inches; and the panels."""
+    columns = min(count, most)
+    rows = -(-count // columns)
+    figure = new_figure(width * columns, height * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in panels[count:]:
+        spare.remove()
+    return figure, panels[:count]
+
+
 def legend_below(figure: Figure, axes: Axes) -> None:
     """The labels of ``axes`` below all panels, never over the data."""
     handles, labels = axes.get_legend_handles_labels()

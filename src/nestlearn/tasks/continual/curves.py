@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure
+from nestlearn.tasks.layout import PALETTE, legend_below, panel_grid, save_figure
 
 REACHED = 0.9  # of the smallest of the methods' largest gains: where they are compared
 
@@ -81,13 +81,8 @@ def _at(points: Sequence[Point], gain: float) -> dict[str, float]:
 
 def draw(lines: Curves, labels: Mapping[str, str], path: Path) -> Path:
     """A panel for each old ability, a line for each method."""
-    columns = min(3, len(labels))
-    rows = -(-len(labels) // columns)
-    figure = new_figure(4.2 * columns, 1.0 + 3.4 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for spare in panels[len(labels) :]:
-        spare.remove()
-    for axes, (key, label) in zip(panels, labels.items(), strict=False):
+    figure, panels = panel_grid(len(labels), 3, 4.2, 3.9)
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for place, (name, points) in enumerate(lines.items()):
             x, y = [0.0, *(point.gain for point in points)], [0.0, *(point.lost[key] for point in points)]
             dashed = "-" if name.startswith("hope") else "--"

@@ -154,12 +154,11 @@ def read_stream(
     late = LateModel(network, 0)
     known = Abilities(late, tokenizer, data, items, chats, windows)
     domains = load_domains(data, tokenizer, tokens, held_out, questions, seed)
-    prose = detokenise((Path(data) / "wikitext2/train.txt").read_text(encoding="utf-8")[: 3000 * PROSE])
     parameters, refused = 0, 0
     if method == "hope":
         converted = _convert(network, levels, window, lr)
         if keep:
-            converted.keep(tokenizer, prose)
+            converted.keep(tokenizer, _prose(data))
         parameters = sum(level.parameters for level in converted.levels)
         learner = ContinualLearner(converted, tokenizer, window=window)
         refused = sum(len(learner.read(domain.read).skipped) for domain in domains)
@@ -167,7 +166,7 @@ def read_stream(
     else:
         rule = _rule(network, method, lr, rank)
         if method == "ewc":
-            rule.end_group(_losses(late, tokenizer, prose, window)[:PROSE])
+            rule.end_group(_losses(late, tokenizer, _prose(data), window)[:PROSE])
         if method != "none":
             parameters = rule.parameters
             for domain in domains:
@@ -176,6 +175,11 @@ def read_stream(
     with reading:
         result = _measure(late, tokenizer, domains, known, window)
     return result | {"refused": refused, "parameters": parameters}
+
+
+def _prose(data: str) -> str:
+    """What EWC and what Hope is given of what the model knew."""
+    return detokenise((Path(data) / "wikitext2/train.txt").read_text(encoding="utf-8")[: 3000 * PROSE])
 
 
 def _convert(network: PreTrainedModel, levels: int, window: int, lr: float) -> ContinualModel:

@@ -42,7 +42,7 @@ from nestlearn.tasks.core.plan import Plan, Row
 from nestlearn.tasks.core.reading import MemoryMeter, advance, answer, tensor_bytes
 from nestlearn.tasks.core.report import base, measured
 from nestlearn.tasks.core.step import descend
-from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
+from nestlearn.tasks.layout import PALETTE, legend_below, panel_grid, save_figure, table
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
 
@@ -388,13 +388,8 @@ def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: P
     run = [task for task, models in found.items() if any(map(_lengths, models.values()))]
     keys = [(task, "accuracy", f"{task}: right answers (percent)") for task in run]
     keys += [(None, "state", "state of a stream (MiB)"), (None, "memory", "memory in use (MiB)")]
-    columns = min(len(keys), 4)
-    rows = -(-len(keys) // columns)
-    figure = new_figure(3.3 * columns, 3.5 * rows)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels[len(keys) :]:
-        axes.set_axis_off()
-    for axes, (task, key, title) in zip(panels, keys, strict=False):
+    figure, panels = panel_grid(len(keys), 4, 3.3, 3.5)
+    for axes, (task, key, title) in zip(panels, keys, strict=True):
         for name in MODELS:
             outcomes = [models[name] for t, models in found.items() if name in models and task in (None, t)]
             outcome = next((o for o in outcomes if _lengths(o)), None)
@@ -414,7 +409,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: P
             axes.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[len(keys) - columns : len(keys)]:
+    for axes in panels[-4:]:
         axes.set_xlabel("tokens of the stream")
     legend_below(figure, panels[0])
     return save_figure(figure, path)
