@@ -21,7 +21,7 @@ from nestlearn.errors import UserError
 
 Weights = Mapping[str, Tensor]
 # Of every model that is inside `ContinualModel.using`. A context variable, so that one thread does not see another's.
-_USING: ContextVar[Mapping[Scope, Weights] | None] = ContextVar("nestlearn_using", default=None)
+_USING: ContextVar[Mapping[Scope, Using] | None] = ContextVar("nestlearn_using", default=None)
 
 
 class Scope:
@@ -31,7 +31,13 @@ class Scope:
         self.weights: Weights = {}
 
     def current(self) -> Weights:
-        return (_USING.get() or {}).get(self, self.weights)
+        using = (_USING.get() or {}).get(self)
+        return self.weights if using is None else using.learned
+
+    def seen(self) -> dict[str, list[Tensor]] | None:
+        """Where the inputs of every matrix are noted now, if they are."""
+        using = (_USING.get() or {}).get(self)
+        return None if using is None else using.seen
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For ``torch.utils.checkpoint``: what is recomputed in the backward pass, when the context has long been left
@@ -41,14 +47,15 @@ class Scope:
 
 
 class Using(AbstractContextManager[None]):
-    """The blocks of ``scope`` read ``weights`` inside. May be entered again."""
+    """The blocks of ``scope`` read ``weights`` inside, and note their matrices' inputs in ``seen``, by the names of
+    the weights. May be entered again."""
 
-    def __init__(self, scope: Scope, weights: Weights) -> None:
-        self.scope, self.learned = scope, weights
-        self.tokens: list[Token[Mapping[Scope, Weights] | None]] = []
+    def __init__(self, scope: Scope, weights: Weights, seen: dict[str, list[Tensor]] | None = None) -> None:
+        self.scope, self.learned, self.seen = scope, weights, seen
+        self.tokens: list[Token[Mapping[Scope, Using] | None]] = []
 
     def __enter__(self) -> None:
-        self.tokens.append(_USING.set({**(_USING.get() or {}), self.scope: self.learned}))
+        self.tokens.append(_USING.set({**(_USING.get() or {}), self.scope: self}))
 
     def __exit__(self, *error: object) -> None:
         _USING.reset(self.tokens.pop())
@@ -102,7 +109,8 @@ class AdaptiveMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         weights = self.scope.current()
-        if not any(piece.name in weights for part in self.parts for piece in part.values()):
+        learned = any(piece.name in weights for part in self.parts for piece in part.values())
+        if not learned and self.scope.seen() is None:
             return self.original(x)  # pyrefly: ignore[not-callable]
         return self.adapted(x, weights)
 
@@ -119,6 +127,9 @@ class AdaptiveMLP(nn.Module):
         return self._linear(hidden, self.family.output, part, weights)
 
     def _linear(self, x: Tensor, name: str, part: Mapping[str, Piece], weights: Weights) -> Tensor:
+        seen = self.scope.seen()
+        if seen is not None:
+            seen.setdefault(part[f"{name}.weight"].name, []).append(x)
         w = self._read(part[f"{name}.weight"], weights)
         bias = part.get(f"{name}.bias")
         b = None if bias is None else self._read(bias, weights)

@@ -65,6 +65,14 @@ def convert(
             help="How far a level may move, relative to its pretrained norm; by default any way.", metavar="X[,X]"
         ),
     ] = None,
+    consolidation: Annotated[
+        str,
+        typer.Option(
+            help="How much of what a level has learned of a text later updates leave alone; with 0.1 classes in groups "
+            "are not forgotten.",
+            metavar="X[,X]",
+        ),
+    ] = "0",
     keep: Annotated[
         Path | None,
         typer.Option(
@@ -101,12 +109,15 @@ def convert(
     count = len(chunks)
     rates = [default_rate(max(period, 1)) for period in chunks] if lr is None else _each("--lr", lr, count)
     clips, retentions = _each("--clip", clip, count), _each("--retention", retention, count)
+    consolidations = _each("--consolidation", consolidation, count)
     budgets = [None] * count if budget is None else _each("--budget", budget, count)
     config = LevelsConfig(
         kind=kind,
         levels=tuple(
-            Level(period, rate, rule, longest, share, most)
-            for period, rate, longest, share, most in zip(chunks, rates, clips, retentions, budgets, strict=True)
+            Level(period, rate, rule, longest, share, most, fixed)
+            for period, rate, longest, share, most, fixed in zip(
+                chunks, rates, clips, retentions, budgets, consolidations, strict=True
+            )
         ),
         layers=layers if layers in ("late", "all") else tuple(_numbers("--layers", layers, int)),
     )

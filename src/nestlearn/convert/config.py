@@ -48,6 +48,9 @@ class Level:
         clip: the largest norm of the level's gradient, a mean over the tokens of its chunk; longer ones are shortened.
         retention: share of the way back to the pretrained weights at each update, 0 to 1; 0 keeps everything learned.
         budget: the largest distance ``||theta - theta_0|| / ||theta_0||`` of the level; None for any.
+        consolidation: how much of what it answers to a text when it has learned it is left alone by later updates: a
+            step moves the answer to an input of mean size by ``1 / (1 + consolidation)`` of what it would
+            (`nestlearn.convert.kept`); 0 keeps nothing. With 0.1 classes that arrive in groups are not forgotten.
 
     Raises:
         UserError: an unknown rule, or a number out of its range.
@@ -62,6 +65,7 @@ class Level:
     clip: float = 1.0
     retention: float = 0.0
     budget: float | None = None
+    consolidation: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.period, int) or isinstance(self.period, bool) or self.period < 1:
@@ -76,6 +80,8 @@ class Level:
             raise UserError(f"retention={self.retention!r} of a level: give a share from 0 to 1")
         if self.budget is not None and (not _number(self.budget) or self.budget <= 0):
             raise UserError(f"budget={self.budget!r} of a level: give the largest relative distance, above 0, or None")
+        if not _number(self.consolidation) or self.consolidation < 0:
+            raise UserError(f"consolidation={self.consolidation!r} of a level: give a number, 0 (none) or more")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,16 @@ for the inputs that are kept, so that of all steps near the rule's the one is ta
 
 with ``C = E x x^T`` over the kept inputs, E the mean, and s the mean of C's eigenvalues, so that ``strength`` has one
 meaning for all models. The inverse is ``I - U U^T`` with U (inputs, rank), of which the largest directions may do.
+
+What is to be kept of text after text adds up, ``A <- A_0 + fade (A - A_0) + strength / s C`` with A_0 what was kept
+before the first of them, and the inverse is ``(I + A)^-1``: recursive least squares that forget. So however many texts
+are read A is bounded, and a level never closes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +24,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nestlearn.convert.blocks import Piece
+from nestlearn.convert.blocks import Piece, Scope, Using, Weights
 from nestlearn.errors import UserError
+
+FADE = 0.95  # of what was kept of texts, with each further text
+OPEN = 1e-4  # of a step passes in every direction, also so that float32 can hold the inverse
+
+Seen = Mapping[str, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,21 +60,33 @@ class Kept:
             return m @ step if self.transposed else step @ m
         return step - m @ (m.mT @ step) if self.transposed else step - (step @ m) @ m.mT
 
+    def inverse(self) -> Tensor:
+        """(inputs, inputs), fp64."""
+        m = self.matrix.double()
+        return m if m.shape[0] == m.shape[1] else torch.eye(len(m)).to(m) - m @ m.mT
+
 
 def is_transposed(piece: Piece) -> bool:
     return isinstance(piece.layer, Conv1D) and piece.attribute == "weight"
 
 
 @torch.no_grad()
-def kept_inputs(
-    model: nn.Module, pieces: Mapping[str, Piece], windows: Iterable[Tensor], strength: float, rank: int | None
-) -> dict[str, Kept]:
-    """The `Kept` of every piece.
+def seen_inputs(scope: Scope, weights: Weights, reads: Iterable[Callable[[], object]]) -> Seen:
+    """The inputs (..., d) of every matrix of the levels, by its name, while the model of ``scope`` reads with
+    ``weights``: each of ``reads`` is one forward pass."""
+    seen: dict[str, list[Tensor]] = {}
+    with Using(scope, weights, seen):
+        for read in reads:
+            read()
+    return seen
+
+
+def kept_inputs(pieces: Mapping[str, Piece], seen: Seen, strength: float, rank: int | None) -> dict[str, Kept]:
+    """The `Kept` of every piece, of one text.
 
     Args:
-        model: reads each window, (n,) int64, with its pretrained weights.
-        pieces: of the levels, by name.
-        windows: of the text.
+        pieces: by name.
+        seen: of `seen_inputs`.
         strength: see above.
         rank: most directions of one weight; None for all that the text has.
 
@@ -76,30 +97,35 @@ def kept_inputs(
         raise UserError(f"strength={strength} of what is kept: give a finite number, 0 (nothing is kept) or more")
     if rank is not None and rank < 1:
         raise UserError(f"rank={rank} of what is kept: give 1 direction or more, or None for all")
-    seen: dict[nn.Module, list[Tensor]] = {piece.layer: [] for piece in pieces.values()}
-    hooks = [layer.register_forward_pre_hook(lambda m, x: seen[m].append(x[0])) for layer in seen]
-    try:
-        for ids in windows:
-            model(ids[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not any(seen.values()):
+    if not seen:
         raise UserError("the text to keep has no token: give some pages of what the model should stay good at")
-    found = {}
-    shared: dict[
-        Any, Tensor
-    ] = {}  # by the very inputs, which two layers may see, and the part that a piece sees of them
+    return _each(pieces, seen, lambda name, inputs: _inverse(inputs, strength, rank))
+
+
+def kept_besides(
+    pieces: Mapping[str, Piece], seen: Seen, strength: float, before: Mapping[str, Kept], first: Mapping[str, Kept]
+) -> dict[str, Kept]:
+    """The `Kept` of every piece when one more text has been read.
+
+    Args:
+        pieces, seen, strength: as in `kept_inputs`.
+        before: what was kept until now, if anything.
+        first: what was kept before the first text, which does not fade.
+    """
+    return _each(pieces, seen, lambda name, inputs: _joined(inputs, strength, before.get(name), first.get(name)))
+
+
+def _each(pieces: Mapping[str, Piece], seen: Seen, invert: Callable[[str, Tensor], Tensor]) -> dict[str, Kept]:
+    """``invert`` of all inputs of every piece, once for weights that see the same ones."""
+    found: dict[str, Kept] = {}
+    shared: dict[Any, Tensor] = {}
     for name, piece in pieces.items():
-        parts = seen[piece.layer]
         if piece.attribute == "bias":
-            found[name] = Kept(_inverse(parts[0].new_ones(1, 1), strength, None))
+            found[name] = Kept(invert(name, next(iter(seen.values()))[0].new_ones(1, 1)))
             continue
-        cut = None if piece.axis != int(not is_transposed(piece)) else (piece.start, piece.length)
-        key = (*map(id, parts), cut)
+        key = tuple(map(id, seen[name]))
         if key not in shared:
-            inputs = torch.cat([x.flatten(0, -2) for x in parts])
-            shared[key] = _inverse(inputs if cut is None else inputs.narrow(1, *cut), strength, rank)
+            shared[key] = invert(name, torch.cat([x.flatten(0, -2) for x in seen[name]]))
         found[name] = Kept(shared[key], is_transposed(piece))
     return found
 
@@ -115,7 +141,27 @@ def _inverse(inputs: Tensor, strength: float, rank: int | None) -> Tensor:
     values, vectors = values[-rank:].clamp_min(0), vectors[:, -rank:]
     if d > count:
         vectors = nn.functional.normalize(small.mT @ vectors, dim=0)
-    mean = small.square().sum() / d
-    along = strength * values / mean.clamp_min(torch.finfo(mean.dtype).tiny)
+    along = strength * values / _mean(small)
     u = vectors * (along / (1 + along)).sqrt()
     return (u if 2 * rank <= d else torch.eye(d).to(u) - u @ u.mT).float()
+
+
+def _joined(inputs: Tensor, strength: float, before: Kept | None, first: Kept | None) -> Tensor:
+    """The inverse with the inputs (N, d) of one more text."""
+    small = inputs.double()
+    i = torch.eye(small.shape[1]).to(small)
+    a_0 = torch.zeros_like(i) if first is None else _invert(first.inverse()) - i
+    a = a_0 if before is None else a_0 + FADE * (_invert(before.inverse()) - i - a_0)
+    inverse = _invert(i + a + strength / _mean(small) * (small.mT @ small))
+    return ((1 - OPEN) * inverse + OPEN * i).float()
+
+
+def _mean(inputs: Tensor) -> Tensor:
+    """Of the eigenvalues of ``inputs^T inputs``."""
+    mean = inputs.square().sum() / inputs.shape[1]
+    return mean.clamp_min(torch.finfo(mean.dtype).tiny)
+
+
+def _invert(x: Tensor) -> Tensor:
+    """Of a positive definite matrix."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(x))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nestlearn.convert.blocks import AdaptiveMLP, Piece, Scope, Using, Weights
 from nestlearn.convert.config import Level, LevelsConfig
 from nestlearn.convert.families import SUPPORTED, FoundMLP, find_mlps, neuron_axis, same_function
-from nestlearn.convert.kept import Kept, is_transposed, kept_inputs
+from nestlearn.convert.kept import Kept, is_transposed, kept_besides, kept_inputs, seen_inputs
 from nestlearn.convert.saved import read_base, read_converted, save_converted
 from nestlearn.errors import UserError, nearest
 
@@ -250,9 +251,28 @@ class ContinualModel(nn.Module):
         length = min(KEPT_WINDOW, getattr(self.base.config.get_text_config(), "max_position_embeddings", KEPT_WINDOW))
         windows = ids.to(self.base.device).split(length) if len(ids) else ()
         spread = windows[:: max(1, -(-len(windows) // KEPT_WINDOWS))]
-        with self.using({}):
-            found = kept_inputs(self.base, self._pieces(), spread, strength, rank)
-        self.set_kept(found)
+        seen = seen_inputs(self.scope, {}, [partial(self.base, window[None]) for window in spread])
+        self.set_kept(kept_inputs(self._pieces(), seen, strength, rank))
+
+    def consolidate(
+        self, weights: Weights, kept: Sequence[Mapping[str, Kept]], reads: Sequence[Callable[[], object]]
+    ) -> list[dict[str, Kept]]:
+        """What the updates of each level disturb little from now on, when it has learned one more text (`Level`).
+
+        Args:
+            weights: learned.
+            kept: of each level, what it returned after the last text, ``{}`` before the first.
+            reads: forward passes over the text, or over parts of it.
+        """
+        if not any(level.config.consolidation for level in self.levels):
+            return [dict(own) for own in kept]
+        seen = seen_inputs(self.scope, weights, reads)
+        return [
+            kept_besides(level.start.pieces, seen, level.config.consolidation, {**level.kept, **own}, level.kept)
+            if level.config.consolidation and seen
+            else dict(own)
+            for level, own in zip(self.levels, kept, strict=True)
+        ]
 
     def set_kept(self, kept: Mapping[str, Kept]) -> None:
         """What `keep` has found, in place of what was kept before."""

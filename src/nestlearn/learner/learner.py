@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nestlearn.convert import ContinualModel, base_hash, convert
+from nestlearn.convert import ContinualModel, LevelsConfig, base_hash, convert
 from nestlearn.errors import UserError
 from nestlearn.learner.guards import RetentionProbe
 from nestlearn.learner.reading import Reading, mean_loss
@@ -138,7 +138,7 @@ class ContinualLearner:
         tally, began = Tally(self.state, known), self.state
         reason = self._over_limit()
         if reason is None and (known is None or self.state.reading != source):
-            self.state = replace(self.state, context=self.state.context[:0], reading=source)
+            self.state = self.state.opened(source)
             if self.probe is not None:
                 self._good = self.state
         try:
@@ -176,8 +176,8 @@ class ContinualLearner:
                 self._autosave()
                 unsaved = False
         if tally.tokens or (windows.read is not None and not windows.read.finished):
-            self.state = flush(self.model, self.state)
-        self.state = replace(self.state, context=self.state.context[:0], reading=None)
+            self.state = flush(self.model, self.state, self.reading)
+        self.state = self.state.opened(None)
         if source is not None:
             self.state = self.state.with_source(source, replace(windows.position, finished=True))
         return self._over_limit()
@@ -323,7 +323,7 @@ class ContinualLearner:
     def _load(self, ref: str) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """The tensors of a snapshot, and the JSON beside them. Raises `UserError` if it does not fit the model."""
         groups, snapshot = self._stored().load(ref)
-        if snapshot.meta.get("config") != self.model.config_levels.to_dict():
+        if LevelsConfig.from_dict(snapshot.meta.get("config", {})) != self.model.config_levels:
             raise UserError(
                 f"snapshot {snapshot.name or snapshot.short} was learned with other levels than the model has: convert "
                 "the model with those of its meta, or give another store"

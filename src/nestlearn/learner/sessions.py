@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -111,13 +110,12 @@ class Sessions:
         windows = {name: iter(Windows(text, self.tokenizer, self.reading.window)) for name, text in texts.items()}
         tallies = {name: Tally(self.states[name], None) for name in texts}
         for name in texts:
-            self.states[name] = replace(self.states[name], context=NOTHING, reading=None)
+            self.states[name] = self.states[name].opened(None)
         while windows:
             for begin in range(0, len(self.states), self.rows):
                 self._pass(list(self.states)[begin : begin + self.rows], windows, tallies)
         for name in texts:
-            ended = flush(self.model, self.states[name])
-            self.states[name] = replace(ended, context=NOTHING)
+            self.states[name] = flush(self.model, self.states[name], self.reading).opened(None)
         return {name: tally.report(self.states[name]) for name, tally in tallies.items()}
 
     def _pass(self, group: list[str], windows: dict[str, Iterator[Tensor]], tallies: Mapping[str, Tally]) -> None:

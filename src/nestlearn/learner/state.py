@@ -6,16 +6,18 @@ fork costs nothing, a refused window leaves no trace, and the last good state is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestlearn.convert.kept import Kept
 from nestlearn.errors import UserError
 
 Tensors = dict[str, Tensor]
+SAMPLE = 2048  # tokens of a text that are read again at its end, at most
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class LevelState:
         weights: learned, fp32; a name that is absent has its pretrained weight.
         slots: what the rule remembers of earlier updates, for each weight.
         gathered: the gradient summed over the tokens since the last update (Eq. 71).
+        kept: what updates leave alone of the texts that were learned (`Level.consolidation`).
         tokens: read since the last update.
         scored: of these, how many were predicted: the gathered sum divided by it is the mean.
         updates: made so far.
@@ -58,6 +61,7 @@ class LevelState:
     weights: Tensors = field(default_factory=dict)
     slots: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     gathered: Tensors = field(default_factory=dict)
+    kept: Mapping[str, Kept] = field(default_factory=dict)
     tokens: int = 0
     scored: int = 0
     updates: int = 0
@@ -87,6 +91,9 @@ class LearnerState:
         refused: windows refused one after the other just now.
         sources: how far each named source has been read.
         reading: the named source whose reading has begun and not ended; the context is of it.
+        sample: windows of the text that is read, spread evenly over it, that are read again at its end by what
+            consolidates; of the others ``stride - 1`` lie between two of them.
+        windows: of the text so far that could have joined the sample.
     """
 
     levels: tuple[LevelState, ...]
@@ -97,6 +104,9 @@ class LearnerState:
     refused: int = 0
     sources: Mapping[str, Source] = field(default_factory=dict)
     reading: str | None = None
+    sample: tuple[Tensor, ...] = ()
+    stride: int = 1
+    windows: int = 0
 
     @property
     def weights(self) -> Tensors:
@@ -106,30 +116,30 @@ class LearnerState:
     def with_source(self, name: str, source: Source) -> LearnerState:
         return replace(self, sources={**self.sources, name: source})
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> LearnerState:
-        """``function`` applied to every tensor of the levels."""
-        return replace(
-            self,
-            levels=tuple(
-                replace(
-                    level,
-                    weights={n: function(w) for n, w in level.weights.items()},
-                    slots={n: tuple(function(t) for t in ts) for n, ts in level.slots.items()},
-                    gathered={n: function(g) for n, g in level.gathered.items()},
-                )
-                for level in self.levels
-            ),
-        )
+    def opened(self, source: str | None) -> LearnerState:
+        """Where a text begins, or None: with nothing before it."""
+        return replace(self, context=self.context[:0], reading=source, sample=(), stride=1, windows=0)
+
+    def sampled(self, window: Tensor) -> LearnerState:
+        """With one more window of the text, which joins the sample if its turn has come."""
+        sample, stride = self.sample, self.stride
+        if self.windows % stride == 0:
+            sample = (*sample, window)
+        if sum(map(len, sample)) > SAMPLE:
+            sample, stride = sample[::2], 2 * stride
+        return replace(self, sample=sample, stride=stride, windows=self.windows + 1)
 
     def to_tensors(self) -> dict[str, Tensors]:
         """Groups of tensors for `nestlearn.learner.store`: ``level-0`` holds the weights of the fastest
-        level, ``level-0.rule`` what its rule remembers and what it has gathered, and so on."""
+        level, ``level-0.rule`` what its rule remembers and what it has gathered, ``level-0.kept`` what it consolidated,
+        and so on."""
         groups: dict[str, Tensors] = {}
         for number, level in enumerate(self.levels):
             groups[f"level-{number}"] = dict(level.weights)
             slots = {f"slot-{i}.{name}": t for name, ts in level.slots.items() for i, t in enumerate(ts)}
             gathered = {f"gathered.{name}": g for name, g in level.gathered.items()}
             groups[f"level-{number}.rule"] = slots | gathered
+            groups[f"level-{number}.kept"] = {name: kept.matrix for name, kept in level.kept.items()}
         return {name: group for name, group in groups.items() if group}
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +151,9 @@ class LearnerState:
             "surprise": asdict(self.surprise),
             "refused": self.refused,
             "reading": self.reading,
+            "sample": [window.tolist() for window in self.sample],
+            "stride": self.stride,
+            "windows": self.windows,
             "sources": {name: asdict(source) for name, source in self.sources.items()},
             "levels": [
                 {
@@ -149,6 +162,7 @@ class LearnerState:
                     "updates": level.updates,
                     "moved": level.moved,
                     "surprise": asdict(level.surprise),
+                    "transposed": [name for name, kept in level.kept.items() if kept.transposed],
                 }
                 for level in self.levels
             ],
@@ -182,6 +196,10 @@ class LearnerState:
                         weights=dict(groups.get(f"level-{number}", {})),
                         slots={name: tuple(ts[i] for i in sorted(ts)) for name, ts in slots.items()},
                         gathered=gathered,
+                        kept={
+                            name: Kept(matrix, name in known["transposed"])
+                            for name, matrix in groups.get(f"level-{number}.kept", {}).items()
+                        },
                         tokens=known["tokens"],
                         scored=known["scored"],
                         updates=known["updates"],
@@ -197,6 +215,9 @@ class LearnerState:
                 surprise=Scale(**values["surprise"]),
                 refused=values["refused"],
                 reading=values["reading"],
+                sample=tuple(torch.tensor(window) for window in values.get("sample", ())),
+                stride=values.get("stride", 1),
+                windows=values.get("windows", 0),
                 sources={name: Source(**source) for name, source in values["sources"].items()},
             )
         except (KeyError, TypeError, ValueError) as error:

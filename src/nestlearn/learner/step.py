@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -150,13 +151,14 @@ def _advance(model: ContinualModel, state: LearnerState, window: Tensor, reading
         if new is None:
             return None
         levels.append(new)
-    return replace(
+    after = replace(
         state,
         levels=tuple(levels),
         clock=state.clock + n,
         read=state.read + n,
         context=reading.after(state.context, window),
     )
+    return after.sampled(window) if any(level.config.consolidation for level in model.levels) else after
 
 
 def _refuse(
@@ -167,9 +169,9 @@ def _refuse(
     return Outcome(after, loss, scored, norms, reason)
 
 
-def flush(model: ContinualModel, state: LearnerState) -> LearnerState:
+def flush(model: ContinualModel, state: LearnerState, reading: Reading) -> LearnerState:
     """The end of a text: the levels of the shortest period learn from the tokens present, however few, so that a short
-    text is learned at once. The slower ones go on gathering over the next texts.
+    text is learned at once. The slower ones go on gathering over the next texts. Then what consolidates does.
 
     An update that is not finite is dropped with what was gathered for it.
     """
@@ -181,4 +183,7 @@ def flush(model: ContinualModel, state: LearnerState) -> LearnerState:
             continue
         new = update(old, level.config, level.start, level.kept)
         levels.append(replace(old, gathered={}, tokens=0, scored=0) if new is None else new)
-    return replace(state, levels=tuple(levels))
+    state = replace(state, levels=tuple(levels))
+    reads = [partial(token_losses, model, [state.context[:0]], [window], reading) for window in state.sample]
+    kept = model.consolidate(state.weights, [level.kept for level in state.levels], reads)
+    return replace(state, levels=tuple(replace(level, kept=k) for level, k in zip(state.levels, kept, strict=True)))

@@ -50,7 +50,7 @@ def update(
     Args:
         state: with the gradient gathered over the chunk.
         start: the pretrained weights theta_0, fp32, by name.
-        kept: inputs whose answers a step leaves alone, of the weights that have some.
+        kept: inputs whose answers a step leaves alone, of the weights that have some and have not more in the state.
 
     >>> from types import SimpleNamespace
     >>> sgd = SimpleNamespace(lr=0.5, rule="sgd", clip=10.0, retention=0.0, budget=None)
@@ -68,6 +68,7 @@ def update(
     weights = [state.weights.get(name, start[name]) for name in names]
     old = weights
     weights, slots = _step(level, names, weights, grads, state.slots)
+    kept = {**(kept or {}), **state.kept}
     if kept:
         weights = [o + kept[n].bend(w - o) if n in kept else w for n, o, w in zip(names, old, weights, strict=True)]
     pretrained = [start[name] for name in names]

@@ -128,7 +128,8 @@ class Levels:
             self.states[number] = state
 
     def end_group(self, losses: Sequence[Callable[[], Tensor]]) -> None:
-        pass
+        kept = self.model.consolidate(self.weights, [state.kept for state in self.states], losses)
+        self.states = [dataclasses.replace(state, kept=k) for state, k in zip(self.states, kept, strict=True)]
 
     def _take(self, weights: Mapping[str, Tensor]) -> None:
         self.weights.update({name: w.detach().requires_grad_() for name, w in weights.items()})
