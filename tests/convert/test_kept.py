@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from nestlearn.cli import app
 from nestlearn.convert import ContinualModel, Level, LevelsConfig, convert
 from nestlearn.convert.blocks import Piece
-from nestlearn.convert.kept import kept_inputs
+from nestlearn.convert.kept import FADE, OPEN, Kept, kept_besides, kept_inputs, seen_inputs
 from nestlearn.convert.saved import load_base
 from nestlearn.data.tokenizers import load_tokenizer
 from nestlearn.errors import UserError
@@ -47,6 +49,71 @@ def test_a_step_is_that_of_the_least_squares(d: int, count: int, strength: float
     targets = torch.cat([step.double(), torch.zeros(3, count, dtype=torch.float64)], 1)
     expected = torch.linalg.lstsq(rows, targets.mT).solution.mT
     torch.testing.assert_close(kept["w"].bend(step).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(1, 4), st.floats(0, 30), st.booleans(), st.integers(0, 999))
+def test_texts_add_up_and_fade(d: int, texts: int, count: int, strength: float, fixed: bool, seed: int) -> None:
+    """Against the sum itself: what was kept before the texts stays whole, older texts weigh less."""
+    torch.manual_seed(seed)
+    piece = Piece("w", nn.Linear(d, 3, bias=False), "weight")
+    i = torch.eye(d, dtype=torch.float64)
+
+    def share(inputs: Tensor, strength: float) -> Tensor:
+        x = inputs[0].double()
+        return strength * d * x.mT @ x / x.square().sum()
+
+    prose = torch.randn(1, 5, d)
+    first = kept_inputs({"w": piece}, {"w": [prose]}, 3.0, None) if fixed else {}
+    a_0 = share(prose, 3.0) if fixed else torch.zeros_like(i)
+    kept, a = dict(first), torch.zeros_like(i)
+    with patch("nestlearn.convert.kept.OPEN", 0.0):
+        for _ in range(texts):
+            inputs = torch.randn(1, count, d)
+            before, kept = kept, kept_besides({"w": piece}, {"w": [inputs]}, strength, kept, first)
+            a = FADE * a + share(inputs, strength)
+    expected = torch.linalg.inv(i + a_0 + a)
+    torch.testing.assert_close(kept["w"].matrix.double(), expected, atol=1e-4, rtol=1e-3)
+    opened = kept_besides({"w": piece}, {"w": [inputs]}, strength, before, first)["w"].matrix
+    torch.testing.assert_close(opened.double(), (1 - OPEN) * kept["w"].matrix.double() + OPEN * i, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1e6])
+def test_a_level_never_closes_however_many_texts(strength: float) -> None:
+    torch.manual_seed(0)
+    d = 24
+    piece = Piece("w", nn.Linear(d, d, bias=False), "weight")
+    scale = 10.0 ** torch.linspace(-3, 3, d)
+    kept: dict[str, Kept] = {}
+    for _ in range(200):
+        kept = kept_besides({"w": piece}, {"w": [torch.randn(1, 40, d) * scale]}, strength, kept, {})
+    passes = torch.linalg.eigvalsh(kept["w"].matrix.double())
+    assert passes.min() > OPEN / 2
+    assert passes.max() < 1 + 1e-4
+
+
+def test_inputs_are_seen_as_they_are_with_what_was_learned_and_by_no_other_thread() -> None:
+    model = convert(make(), LevelsConfig("split", (Level(4, 0.1), Level(8, 0.1)), "all"))
+    names = [name for level in model.levels for name in level.start]
+    torch.manual_seed(0)
+    weights = {n: w + torch.randn_like(w) for level in model.levels for n, w in level.start.items()}
+    ids, other = torch.arange(6)[None], torch.arange(7)[None]
+
+    def read() -> None:
+        model(ids)
+        thread = threading.Thread(target=lambda: model(other))
+        thread.start()
+        thread.join()
+
+    plain, learned = (seen_inputs(model.scope, given, [read]) for given in ({}, weights))
+    assert set(plain) == {name for name in names if "weight" in name}
+    assert all(len(inputs) == 1 and inputs[0].shape[:2] == (1, 6) for inputs in learned.values())
+    first, last = (next(n for n in names if f"layers.{layer}." in n and "up_proj" in n) for layer in (0, 1))
+    assert torch.equal(plain[first][0], learned[first][0])  # nothing was learned below it
+    assert not torch.allclose(plain[last][0], learned[last][0])
+    down = first.replace("up_proj", "down_proj")
+    x = learned[first][0]
+    gate, up = (x @ weights[first.replace("up_proj", f"{name}_proj")].mT for name in ("gate", "up"))
+    torch.testing.assert_close(learned[down][0], nn.functional.silu(gate) * up)
 
 
 def moved(model: ContinualModel, changes: dict[str, Tensor], ids: Tensor) -> float:
@@ -118,6 +185,20 @@ def test_it_is_saved_and_comes_back_to_the_bit(tmp_path: Path, rank: int | None)
         ContinualModel.from_pretrained(tmp_path / "learned", tmp_path / "base")
 
 
+def test_only_levels_that_consolidate_do_and_what_is_kept_of_the_model_stays() -> None:
+    tokenizer = Letters()
+    model = convert(make(), LevelsConfig("split", (Level(4, 0.1, consolidation=0.5), Level(8, 0.1)), "all"))
+    model.keep(tokenizer, TEXT)
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"])[None, :60]
+    fast, slow = model.consolidate({}, [{}, {}], [lambda: model(ids)])
+    assert fast.keys() == model.levels[0].start.keys()
+    assert slow == {}
+    for name, own in fast.items():
+        step = torch.randn_like(model.levels[0].start[name])
+        assert own.bend(step).norm() < model.levels[0].kept[name].bend(step).norm() < step.norm()
+    assert model.consolidate({}, [fast, slow], []) == [fast, slow]  # a text of which nothing was read
+
+
 def test_the_command_keeps_a_file(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("bytes")
     model = make()
@@ -127,9 +208,11 @@ def test_the_command_keeps_a_file(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "empty.txt").write_text("")
     run, base, out = CliRunner(), str(tmp_path / "base"), tmp_path / "out"
-    done = run.invoke(app, ["convert", base, "--out", str(out), "--keep", str(tmp_path / "text.txt")])
+    given = ["--keep", str(tmp_path / "text.txt"), "--consolidation", "0.1,0.2,0"]
+    done = run.invoke(app, ["convert", base, "--out", str(out), *given])
     assert done.exit_code == 0
     again = ContinualModel.from_pretrained(out)
+    assert [level.config.consolidation for level in again.levels] == [0.1, 0.2, 0]
     model = convert(load_base(base))
     model.keep(tokenizer, TEXT)
     for one, two in zip(model.levels, again.levels, strict=True):
@@ -139,6 +222,8 @@ def test_the_command_keeps_a_file(tmp_path: Path) -> None:
         (["--keep", str(tmp_path / "empty.txt")], "is empty"),
         (["--keep", str(tmp_path / "none.txt")], "cannot read"),
         (["--keep-strength", "3"], "give --keep FILE"),
+        (["--consolidation", "-1"], "consolidation=-1"),
+        (["--consolidation", "0.1,0.2"], "2 numbers for 3 levels"),
         (["--keep", str(tmp_path / "text.txt"), "--keep-strength", "-1"], "strength=-1"),
     ):
         failed = run.invoke(app, ["convert", base, "--out", str(tmp_path / "x"), *arguments])

@@ -44,15 +44,20 @@ from nestlearn.tasks.core.report import differences, measured, order_section
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 
 TITLE = "Class-incremental learning (figure 6)"
-PERIODS = (64, 256, 1024, 4096)  # tokens, the first less than a step reads; a row of n levels has the first n
+# Tokens, the first less than a step reads, the last some times a group; a row of n levels has the first n.
+PERIODS = (64, 128, 256, 512)
+CONSOLIDATION = 0.3  # of every level of Hope, at the end of a group
+LONGER = 3  # Hope's rates, in units of the others': its steps are shortened by what it has consolidated
 WITH = {"shown": 4, "epochs": 1}
+HOPE = {n: {"method": "hope", "levels": n, "consolidation": CONSOLIDATION} for n in range(1, 5)}
 GRADIENT = {
-    **{f"hope, {n} level{'s' * (n > 1)}": {"method": "hope", "levels": n} for n in range(1, 5)},
+    **{f"hope, {n} level{'s' * (n > 1)}": given for n, given in HOPE.items()},
+    "hope, 4 levels, nothing consolidated": {"method": "hope", "levels": 4},
     "fine-tuning, same blocks": {"method": "mlp"},
     "fine-tuning, all weights": {"method": "all"},
     "ewc": {"method": "ewc"},
     "lora": {"method": "lora"},
-    "hope, 4 levels, with demonstrations": {"method": "hope", "levels": 4, **WITH},
+    "hope, 4 levels, with demonstrations": {**HOPE[4], **WITH},
     "fine-tuning, with demonstrations": {"method": "mlp", **WITH},
     "joint training": {"method": "mlp", "joint": True},
 }
@@ -96,8 +101,10 @@ def plan(scale: str, data: str | None) -> Plan:
             reason = missing
             if method == "lora" and importlib.util.find_spec("peft") is None:
                 reason = missing or "peft is not installed: pip install 'nestlearn[peft]'"
-            counts = COUNTS[method][scale] if method in COUNTS else None
-            rows.append(Row(setting, name, {"name": setting, **given, **sizes}, reason, counts))
+            rates = COUNTS[method][scale] if method in COUNTS else RATES[scale]
+            if given.get("consolidation"):
+                rates = [LONGER * lr for lr in rates]
+            rows.append(Row(setting, name, {"name": setting, **given, **sizes}, reason, rates))
     return Plan("class-incremental", learn_classes, recipe, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 
@@ -163,6 +170,7 @@ def learn_classes(
     batch: int,
     rank: int,
     levels: int = 0,
+    consolidation: float = 0.0,
     shown: int = 0,
     joint: bool = False,
 ) -> dict[str, Any]:
@@ -180,6 +188,7 @@ def learn_classes(
         epochs, batch: how often a group is read, and examples of a step.
         rank: of LoRA.
         levels: of Hope.
+        consolidation: of each of its levels, see `Level`; a group is what it calls a text.
         shown: kept examples that stand before every text, see `GradientLearner`; 0 keeps none.
         joint: learn all groups as one.
 
@@ -189,7 +198,9 @@ def learn_classes(
     """
     problem = load_groups(data, name, classes, groups, train, validation, test, seed)
     torch.manual_seed(seed)
-    learner = make_learner(*load_model(model), problem, method, lr, seed, epochs, batch, rank, levels, shown)
+    learner = make_learner(
+        *load_model(model), problem, method, lr, seed, epochs, batch, rank, levels, consolidation, shown
+    )
     counts = np.cumsum([len(group) for group in problem.groups]).tolist()
     rows: list[list[float]] = []
     try:
@@ -231,6 +242,7 @@ def make_learner(
     batch: int,
     rank: int,
     levels: int,
+    consolidation: float,
     shown: int,
 ) -> ClassLearner:
     """The learner of a cell, see `learn_classes`."""
@@ -246,7 +258,7 @@ def make_learner(
     late = LateModel(model, first)
     # A slower level makes fewer updates, from means over more tokens: its rate grows with the root of its period.
     given = [{"period": period, "lr": lr * math.sqrt(period / PERIODS[0])} for period in PERIODS[:levels]]
-    config = {"layers": "all", "levels": given}
+    config = {"layers": "all", "levels": [{**level, "consolidation": consolidation} for level in given]}
     # Embeddings are those of the pretrained model, whatever is learned.
     memory = Memory(Embedder(copy.deepcopy(model).requires_grad_(False), reader)) if shown else None
     rule = make_rule(method, late.top, lr, levels=config, strength=STRENGTH, rank=rank)
