@@ -44,6 +44,7 @@ PERIODS = (1, 2, 4, 8)  # windows; a row of n levels has the first n
 METHODS: dict[str, dict[str, Any]] = {
     "hope, 1 level": {"method": "hope", "levels": 1, "keep": True},
     "hope, 4 levels": {"method": "hope", "levels": 4, "keep": True},
+    "hope, 1 level, domains consolidated": {"method": "hope", "levels": 1, "keep": True, "consolidation": 0.3},
     "hope, 4 levels, nothing kept": {"method": "hope", "levels": 4},
     "fine-tuning, same blocks": {"method": "mlp"},
     "fine-tuning, all weights": {"method": "all"},
@@ -129,6 +130,7 @@ def read_stream(
     rank: int,
     levels: int = 0,
     keep: bool = False,
+    consolidation: float = 0.0,
 ) -> dict[str, Any]:
     """A cell: one method reads the stream at one learning rate.
 
@@ -145,6 +147,7 @@ def read_stream(
         rank: of LoRA.
         levels: of Hope.
         keep: whether Hope leaves alone what the model answers to the prose that EWC is given, too.
+        consolidation: of the levels of Hope, at the end of each domain.
 
     Returns ``held_out`` (nats per token, the mean over the domains) and ``held_out_NAME`` of each domain, ``asked``
     (percent of the questions right), what `Abilities.measure` gives, ``refused`` windows, and ``parameters``.
@@ -156,7 +159,7 @@ def read_stream(
     domains = load_domains(data, tokenizer, tokens, held_out, questions, seed)
     parameters, refused = 0, 0
     if method == "hope":
-        converted = _convert(network, levels, window, lr)
+        converted = _convert(network, levels, window, lr, consolidation)
         if keep:
             converted.keep(tokenizer, _prose(data))
         parameters = sum(level.parameters for level in converted.levels)
@@ -182,8 +185,9 @@ def _prose(data: str) -> str:
     return detokenise((Path(data) / "wikitext2/train.txt").read_text(encoding="utf-8")[: 3000 * PROSE])
 
 
-def _convert(network: PreTrainedModel, levels: int, window: int, lr: float) -> ContinualModel:
-    given = [{"period": window * n, "lr": lr * math.sqrt(n), "clip": CLIP} for n in PERIODS[:levels]]
+def _convert(network: PreTrainedModel, levels: int, window: int, lr: float, consolidation: float) -> ContinualModel:
+    each = {"clip": CLIP, "consolidation": consolidation}
+    given = [{"period": window * n, "lr": lr * math.sqrt(n), **each} for n in PERIODS[:levels]]
     return convert(network, LevelsConfig.from_dict({"levels": given, "layers": "all"}))
 
 
