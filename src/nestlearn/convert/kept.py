@@ -141,25 +141,28 @@ def _inverse(inputs: Tensor, strength: float, rank: int | None) -> Tensor:
     values, vectors = values[-rank:].clamp_min(0), vectors[:, -rank:]
     if d > count:
         vectors = nn.functional.normalize(small.mT @ vectors, dim=0)
-    along = strength * values / _mean(small)
+    along = strength * values / _mean(gram, d)
     u = vectors * (along / (1 + along)).sqrt()
     return (u if 2 * rank <= d else torch.eye(d).to(u) - u @ u.mT).float()
 
 
 def _joined(inputs: Tensor, strength: float, before: Kept | None, first: Kept | None) -> Tensor:
     """The inverse with the inputs (N, d) of one more text."""
-    small = inputs.double()
-    i = torch.eye(small.shape[1]).to(small)
-    a_0 = torch.zeros_like(i) if first is None else _invert(first.inverse()) - i
+    x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    gram = (x.mT @ x).double()
+    i = torch.eye(len(gram)).to(gram)
+    a_0 = torch.zeros_like(i) if first is None else _invert(_opened(first.inverse())) - i
     a = a_0 if before is None else a_0 + FADE * (_invert(before.inverse()) - i - a_0)
-    inverse = _invert(i + a + strength / _mean(small) * (small.mT @ small))
-    return ((1 - OPEN) * inverse + OPEN * i).float()
+    return _opened(_invert(i + a + strength / _mean(gram, len(gram)) * gram)).float()
 
 
-def _mean(inputs: Tensor) -> Tensor:
-    """Of the eigenvalues of ``inputs^T inputs``."""
-    mean = inputs.square().sum() / inputs.shape[1]
-    return mean.clamp_min(torch.finfo(mean.dtype).tiny)
+def _opened(inverse: Tensor) -> Tensor:
+    return (1 - OPEN) * inverse + OPEN * torch.eye(len(inverse)).to(inverse)
+
+
+def _mean(gram: Tensor, d: int) -> Tensor:
+    """Of the eigenvalues of the inputs' second moment, d of them."""
+    return (gram.trace() / d).clamp_min(torch.finfo(gram.dtype).tiny)
 
 
 def _invert(x: Tensor) -> Tensor:
