@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from nestlearn.cli import app
 from nestlearn.convert import ContinualModel, Level, LevelsConfig, convert
 from nestlearn.convert.blocks import Piece
-from nestlearn.convert.kept import FADE, OPEN, Kept, kept_besides, kept_inputs, seen_inputs
+from nestlearn.convert.kept import FADE, OPEN, kept_besides, kept_inputs, seen_inputs
 from nestlearn.convert.saved import load_base
 from nestlearn.data.tokenizers import load_tokenizer
 from nestlearn.errors import UserError

@@ -24,16 +24,26 @@ from nestlearn.ops.rule import clip, gates, unit
 
 
 def inside_chunk(start: Start, rule: WriteRule, state: CoreState) -> bool:
-    """Whether :func:`write_token` covers the next token: linear memories written by DGD or the delta rule, without
-    momentum, no row at the beginning of a chunk, no other implementation asked for."""
+    """Whether :func:`write_token` covers the next token: memories that :func:`covered` names, no row at the beginning
+    of a chunk."""
+    return covered(start, rule) and within_chunk(rule, state.clock)
+
+
+def covered(start: Start, rule: WriteRule) -> bool:
+    """Whether the memories are linear and written by DGD or the delta rule, without momentum, no gradient is kept and
+    no other implementation asked for."""
     return (
         backend() == "torch"
         and not torch.is_grad_enabled()
         and len(start.weights[MEMORY]) == 1
         and start.momentum is None
         and rule.update in ("dgd", "delta")
-        and all(now % rule.chunk_size and now % rule.other for now in state.clock.tolist())
     )
+
+
+def within_chunk(rule: WriteRule, clock: Tensor) -> bool:
+    """Whether no row is at the beginning of a chunk."""
+    return all(now % rule.chunk_size and now % rule.other for now in clock.tolist())
 
 
 def write_token(

@@ -23,6 +23,7 @@ from nestlearn.errors import UserError
 from nestlearn.models.hope.cache_hope import BlockState, HopeCacheLayer
 from nestlearn.models.hope.configuration_hope import HopeConfig
 from nestlearn.models.hope.next_token import read_and_learn
+from nestlearn.models.hope.token_graph import TokenGraph
 from nestlearn.nn import (
     DESIGNS,
     CausalAttention,
@@ -147,15 +148,21 @@ class HopeBlock(GradientCheckpointingLayer):
         """Apply the block to right-compacted rows; ``past_key_values`` is read and updated in place."""
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         assert layer is None or isinstance(layer, HopeCacheLayer)
-        past = None if layer is None else layer.state
+        y, state = self.read(hidden_states, None if layer is None else layer.state, lengths)
+        if layer is not None:
+            layer.store(state, hidden_states)
+        return y
+
+    def read(
+        self, hidden_states: Float[Tensor, "B T D"], past: BlockState | None, lengths: Int[Tensor, " B"] | None
+    ) -> tuple[Float[Tensor, "B T D"], BlockState]:
+        """The same from a state to the next one."""
         u, conv = self.norm(hidden_states), None
         if self.conv is not None:
             u, conv = self.conv(u, None if past is None else past.conv, lengths)
         mixed, state = self.mixer(u, None if past is None else past.mixer, lengths)  # type: ignore[arg-type]
         y, memory = self.memory(hidden_states + mixed, None if past is None else past.memory, lengths)
-        if layer is not None:
-            layer.store(BlockState(state, conv, memory), hidden_states)
-        return y
+        return y, BlockState(state, conv, memory)
 
 
 class HopePreTrainedModel(PreTrainedModel):
@@ -198,6 +205,7 @@ class HopeModel(HopePreTrainedModel):
         self.layers = nn.ModuleList(HopeBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.token_graph: TokenGraph | None = None
         self.post_init()
 
     @can_return_tuple
@@ -255,6 +263,12 @@ class HopeModel(HopePreTrainedModel):
 
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         collected = []
+        if self.token_graph is not None and past_key_values is not None and order is None and not collect:
+            after = self.token_graph(hidden_states, past_key_values.layers)  # type: ignore[arg-type]
+            if after is not None:
+                return BaseModelOutputWithPast(
+                    last_hidden_state=self.norm(after), past_key_values=past_key_values if use_cache else None
+                )
         for block in self.layers:
             if collect:
                 collected.append(restore(hidden_states))
@@ -341,6 +355,16 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def use_cuda_graph(self, on: bool = True) -> None:
+        """From now on decode with a recorded CUDA graph for every token inside a chunk (`token_graph`), or without.
+
+        Worth it where launching kernels is what a token costs: few rows, a small model. Raises `UserError` for a model
+        that is not on a CUDA device.
+        """
+        if on and self.device.type != "cuda":
+            raise UserError(f"a CUDA graph needs a CUDA device and the model is on {self.device}: move it there first")
+        self.model.token_graph = TokenGraph(list(self.model.layers)) if on else None  # type: ignore[arg-type]
 
     @property
     def learns_next_token(self) -> bool:
