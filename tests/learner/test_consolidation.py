@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from nestlearn import ContinualLearner
-from nestlearn.convert import Level
+from nestlearn.convert import Level, LevelsConfig
+from nestlearn.errors import UserError
 from nestlearn.learner import LearnerState, Sessions
 from nestlearn.learner.state import SAMPLE
 from tests.learner.conftest import LEVELS, WINDOW, tiny, words
@@ -124,3 +125,22 @@ def test_one_more_text_bends_further(tokenizer: PreTrainedTokenizerBase) -> None
         matrices = [kept.matrix for kept in learner.state.levels[0].kept.values()]
         passes.append(sum(float(matrix.diagonal().sum()) for matrix in matrices))
     assert all(after < before for before, after in pairwise(passes))
+
+
+def test_a_store_of_before_there_was_consolidation_is_taken_up(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = ContinualLearner(tiny(), tokenizer, tmp_path)
+    learner.read(FIRST)
+    with monkeypatch.context() as then:
+        now = LevelsConfig.to_dict
+
+        def old(config: LevelsConfig) -> dict[str, object]:
+            levels = [{k: v for k, v in level.items() if k != "consolidation"} for level in now(config)["levels"]]
+            return now(config) | {"levels": levels}
+
+        then.setattr(LevelsConfig, "to_dict", old)
+        learner.save("old")
+    assert same(ContinualLearner(tiny(), tokenizer, tmp_path).state, learner.state)
+    with pytest.raises(UserError, match="other levels"):
+        ContinualLearner(tiny(levels=CONSOLIDATED), tokenizer, tmp_path)

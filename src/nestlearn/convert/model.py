@@ -263,6 +263,14 @@ class ContinualModel(nn.Module):
             weights: learned.
             kept: of each level, what it returned after the last text, ``{}`` before the first.
             reads: forward passes over the text, or over parts of it.
+
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> small = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        ...                     num_attention_heads=2)
+        >>> model = convert(LlamaForCausalLM(small), LevelsConfig(levels=[Level(64, 1e-3, consolidation=0.3)]))
+        >>> (kept,) = model.consolidate({}, [{}], [lambda: model(torch.arange(8)[None])])
+        >>> kept["model.layers.3.mlp.up_proj.weight"].matrix.shape
+        torch.Size([16, 16])
         """
         if not any(level.config.consolidation for level in self.levels):
             return [dict(own) for own in kept]

@@ -323,7 +323,8 @@ class ContinualLearner:
     def _load(self, ref: str) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """The tensors of a snapshot, and the JSON beside them. Raises `UserError` if it does not fit the model."""
         groups, snapshot = self._stored().load(ref)
-        if LevelsConfig.from_dict(snapshot.meta.get("config", {})) != self.model.config_levels:
+        config = snapshot.meta.get("config")
+        if config is None or LevelsConfig.from_dict(config) != self.model.config_levels:
             raise UserError(
                 f"snapshot {snapshot.name or snapshot.short} was learned with other levels than the model has: convert "
                 "the model with those of its meta, or give another store"

@@ -263,17 +263,14 @@ class HopeModel(HopePreTrainedModel):
 
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         collected = []
+        recorded = None
         if self.token_graph is not None and past_key_values is not None and order is None and not collect:
-            after = self.token_graph(hidden_states, past_key_values.layers)  # type: ignore[arg-type]
-            if after is not None:
-                return BaseModelOutputWithPast(
-                    last_hidden_state=self.norm(after), past_key_values=past_key_values if use_cache else None
-                )
-        for block in self.layers:
+            recorded = self.token_graph(hidden_states, past_key_values.layers)  # type: ignore[arg-type]
+        for block in self.layers if recorded is None else ():
             if collect:
                 collected.append(restore(hidden_states))
             hidden_states = block(hidden_states, lengths=lengths, past_key_values=past_key_values)
-        hidden_states = restore(self.norm(hidden_states))
+        hidden_states = restore(self.norm(hidden_states if recorded is None else recorded))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,

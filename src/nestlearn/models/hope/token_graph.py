@@ -74,7 +74,7 @@ class TokenGraph:
         given = [hidden, *(t for state in states for t in _tensors(state))]
         fits = [*((t.shape, t.dtype) for t in given), *(p.data_ptr() for p in self.parameters)]
         if fits != self.fits:
-            self._prepare(given, states, fits)
+            self._prepare(given, fits)
         rules = [block.mixer.rule for block in self.blocks]  # type: ignore[union-attr]
         if not self.able or not all(within_chunk(r, c.clock) for r, c in zip(rules, cores, strict=True)):  # type: ignore[union-attr]
             return None
@@ -91,7 +91,7 @@ class TokenGraph:
         """A copy of the model lies elsewhere and has no recording."""
         return
 
-    def _prepare(self, given: list[Tensor], states: Sequence[Any], fits: list[Any]) -> None:
+    def _prepare(self, given: list[Tensor], fits: list[Any]) -> None:
         self.fits, self.made = fits, []
         mixers = [block.mixer for block in self.blocks]
         self.able = all(isinstance(mixer, MemoryMixer) and covered(mixer.initial(), mixer.rule) for mixer in mixers)
