@@ -18,6 +18,8 @@ from nestlearn.convert import ContinualModel
 from nestlearn.errors import UserError
 from nestlearn.learner.stream import Text, Windows, opening
 
+NOTHING = -100  # the target where no token is predicted
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -110,11 +112,12 @@ def token_losses(
         padding = {"attention_mask": real.to(device, torch.int64)}
         padding["position_ids"] = (real.cumsum(1) - 1).clamp(min=0).to(device)
     kept = scored.shape[1] + 1
-    logits = model(ids.to(device), use_cache=False, logits_to_keep=kept, **padding).logits[:, :-1]
-    targets = ids[:, -scored.shape[1] :].to(device)
+    logits = model(ids.to(device), use_cache=False, logits_to_keep=kept, **padding).logits
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    return torch.where(scored.to(device), losses, 0.0), scored
+    # The last token predicts nothing here; its logits stay where they are, since a cut would copy all of them.
+    targets = F.pad(ids[:, 1 - kept :].masked_fill(~scored, NOTHING), (0, 1), value=NOTHING).to(device)
+    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=NOTHING, reduction="none")
+    return losses.view_as(targets)[:, :-1], scored
 
 
 @torch.no_grad()
