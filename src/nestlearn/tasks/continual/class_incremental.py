@@ -147,6 +147,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
                 axes.plot(range(1, len(mean) + 1), mean, label=name, marker="o", markersize=3, linewidth=1.5, **style)
         axes.set_title(setting, fontsize=11)
         axes.set_xlabel("groups learned")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("accuracy, %")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
