@@ -64,6 +64,26 @@ def test_a_slow_level_waits_and_what_is_not_converted_stays() -> None:
         assert torch.equal(p, frozen[name])
 
 
+def test_hope_consolidates_a_group_at_its_end_and_forgets_it_less() -> None:
+    groups, forgotten = ([EXAMPLES[0], EXAMPLES[2]], [EXAMPLES[1], EXAMPLES[3]]), []
+    for strength in (0.0, 1.0):
+        levels = {"layers": "all", "levels": [{"period": 1, "consolidation": strength}]}
+        one = learner("hope", levels=levels, epochs=10)
+        first, second = (one._loss(group)[0] for group in groups)
+
+        def now(loss=first, one=one) -> float:
+            with one.rule.reading(), torch.no_grad():
+                return loss().item()
+
+        one.learn(groups[0])
+        assert one.rule.states[0].kept.keys() == (one.rule.weights.keys() if strength else set())
+        learned, other = now(), now(second)
+        one.learn(groups[1])
+        forgotten.append(now() - learned)
+        assert now(second) < other
+    assert forgotten[1] < 0.7 * forgotten[0]
+
+
 def test_ewc_pulls_important_weights_back() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     important = torch.tensor([1.0, 0.0])
