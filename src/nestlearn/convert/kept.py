@@ -109,7 +109,7 @@ def kept_besides(
 
     Args:
         pieces, seen, strength: as in `kept_inputs`.
-        before: what was kept until now, if anything.
+        before: what it returned after the last text; empty before the first.
         first: what was kept before the first text, which does not fade.
     """
     return _each(pieces, seen, lambda name, inputs: _joined(inputs, strength, before.get(name), first.get(name)))

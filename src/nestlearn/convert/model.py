@@ -254,6 +254,11 @@ class ContinualModel(nn.Module):
         seen = seen_inputs(self.scope, {}, [partial(self.base, window[None]) for window in spread])
         self.set_kept(kept_inputs(self._pieces(), seen, strength, rank))
 
+    @property
+    def consolidates(self) -> bool:
+        """Whether any level does."""
+        return any(level.config.consolidation for level in self.levels)
+
     def consolidate(
         self, weights: Weights, kept: Sequence[Mapping[str, Kept]], reads: Sequence[Callable[[], object]]
     ) -> list[dict[str, Kept]]:
@@ -272,11 +277,9 @@ class ContinualModel(nn.Module):
         >>> kept["model.layers.3.mlp.up_proj.weight"].matrix.shape
         torch.Size([16, 16])
         """
-        if not any(level.config.consolidation for level in self.levels):
-            return [dict(own) for own in kept]
-        seen = seen_inputs(self.scope, weights, reads)
+        seen = seen_inputs(self.scope, weights, reads if self.consolidates else ())
         return [
-            kept_besides(level.start.pieces, seen, level.config.consolidation, {**level.kept, **own}, level.kept)
+            kept_besides(level.start.pieces, seen, level.config.consolidation, own, level.kept)
             if level.config.consolidation and seen
             else dict(own)
             for level, own in zip(self.levels, kept, strict=True)

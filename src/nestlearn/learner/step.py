@@ -158,7 +158,7 @@ def _advance(model: ContinualModel, state: LearnerState, window: Tensor, reading
         read=state.read + n,
         context=reading.after(state.context, window),
     )
-    return after.sampled(window) if any(level.config.consolidation for level in model.levels) else after
+    return after.sampled(window) if model.consolidates else after
 
 
 def _refuse(

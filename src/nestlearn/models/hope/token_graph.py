@@ -104,7 +104,7 @@ class TokenGraph:
         for block, state in zip(self.blocks, states, strict=True):
             own = [rest.pop(0) for _ in _tensors(state)]
             hidden, after = block.read(hidden, _before(state, own), None)
-            made += _tensors(after)[: -len(after.mixer.core.anchor)]  # type: ignore[union-attr]
+            made += [after.mixer.conv, *after.mixer.core.current]  # type: ignore[union-attr]
         return [hidden, *made]
 
 

@@ -116,7 +116,7 @@ def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
         "from their best, backward transfer the change since each was learned; joint training sees all groups at once. "
         "For ICL the number of demonstrations was searched in place of a learning rate, for InCA the number of "
         "candidate classes (with 1 its Gaussians decide alone). Hope's levels consolidate each group at its end, if "
-        "nothing else is said, and have three times the rates, which that shortens.\n"
+        f"nothing else is said, and have {LONGER} times the rates, since that shortens their steps.\n"
     ]
     sentences = []
     for setting, outcomes in found.items():

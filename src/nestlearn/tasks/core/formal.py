@@ -220,8 +220,8 @@ def train_one(
             if log is not None:
                 log(f"step {step} train {loss.item():.5f} validation {found['loss']:.5f} words {found['words']:.1f}%")
 
-    found = evaluate(averaged, rules, validation, device)
-    result |= {"validation_error": 100 - found["words"], "validation_loss": found["loss"]}
+    _, loss, right = result["curve"][-1]
+    result |= {"validation_error": 100 - right, "validation_loss": loss}
     for bin in (0, 1):
         found = evaluate(averaged, rules, fixed_words(rules, longest, bin, TEST_WORDS, TEST_SEED), device)
         result |= {f"bin{bin}": found["words"], f"symbols{bin}": found["positions"]}
