@@ -78,14 +78,18 @@ def train(
     if tokens is not None:
         recipe = recipe.replace("train", tokens=tokens)
 
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     try:
         from nestlearn.train import run
 
         result = run.train(recipe, out or _run_folder(Path("runs"), name, resume), resume)
     except KeyboardInterrupt as stop:  # without a message while the imports go on
         kept = "the run is as it was" if resume else "nothing was saved"
-        print(str(stop) or f"interrupted before the first step: {kept}", file=sys.stderr)
+        if first:
+            print(str(stop) or f"interrupted before the first step: {kept}", file=sys.stderr)
         raise SystemExit(130) from stop
+    if not first:
+        return
     if as_json:
         print_json(result)
     else:

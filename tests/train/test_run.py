@@ -160,12 +160,6 @@ def test_what_training_needs_is_asked_for_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="without torchrun"):
-        train(recipe, tmp_path / "run")
-
-
 def test_curves_are_a_picture(tmp_path: Path) -> None:
     rows = [{"tokens": 10 * i, "loss": 5.0 / i} for i in range(1, 9)] + [{"tokens": 80, "eval_loss": 0.7}]
     plot_curves(tmp_path / "curves.png", {"hope": rows, "transformer++": rows, "empty": []}, "title")

@@ -200,6 +200,11 @@ def zeros(p: Tensor) -> Tensor:
     return torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.contiguous_format)
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether several processes hold a part each (a `DTensor`, as FSDP2 makes it)."""
+    return hasattr(t, "full_tensor")
+
+
 def as_matrix(t: Tensor) -> Tensor:
     """A view (d_out, d_in): kernels of a convolution flattened per output, a vector as one row.
 
@@ -213,13 +218,15 @@ def sweep(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """Batches for element-wise work on lists of tensors of equal shapes.
 
     On an accelerator that is every tensor at once, for few and large kernels; on a CPU one cache-sized piece at a
-    time, which is twice as fast as whole tensors when an update makes several passes.
+    time, which is twice as fast as whole tensors when an update makes several passes. A piece of a sharded tensor
+    would be a copy.
     """
     if not lists[0][0].is_cpu:
         yield lists
         return
     for tensors in zip(*lists, strict=True):
-        if tensors[0].numel() <= PIECE or not all(t.is_contiguous() for t in tensors):
+        small = tensors[0].numel() <= PIECE
+        if small or is_sharded(tensors[0]) or not all(t.is_contiguous() for t in tensors):
             yield tuple([t] for t in tensors)
             continue
         for pieces in zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True):

@@ -111,9 +111,8 @@ class M3(MatrixOptimizer):
         (beta1, beta2, beta3), ema, chunk = group["betas"], group["mode"] == "ema", group["chunk_size"]
         fast, slow, slow_o = ([s[name] for s in memories] for name in ("fast", "slow", "slow_orthogonal"))
         if t > 1 and (t - 1) % chunk == 0:
-            torch._foreach_copy_(
-                slow_o, [o.view(s.shape) for o, s in zip(orthogonalize(slow, group), slow, strict=True)]
-            )
+            for kept, o in zip(slow_o, orthogonalize(slow, group), strict=True):
+                kept.copy_(o.view(kept.shape))
         if ema and (t - 1) % chunk == 0:
             torch._foreach_mul_(slow, beta3)  # between its reads the slow memory itself gathers the chunk's gradients
         for g, m1, m2 in sweep(grads, fast, slow):

@@ -73,8 +73,7 @@ def descend_to_orthogonal(g: Tensor, steps: int = 10, step_size: float = 0.25, a
     """
     g, turned = _wide(g, None)
     o = g
-    eye = torch.eye(g.shape[-2], dtype=g.dtype, device=g.device)
     for _ in range(steps):
-        gradient = 2 * (o @ o.mT - eye) @ o  # the short side's Gram matrix: O O^T O = O (O^T O)
+        gradient = 2 * (o @ o.mT @ o - o)  # the short side's Gram matrix: O O^T O = O (O^T O)
         o = o - step_size * (gradient + (o - g) if anchor else gradient)
     return o.mT if turned else o

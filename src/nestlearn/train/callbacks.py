@@ -1,4 +1,7 @@
-"""What watches a run: throughput, the progress bar, ``metrics.jsonl`` and the stop by Ctrl-C."""
+"""What watches a run: throughput, the progress bar, ``metrics.jsonl`` and the stop by Ctrl-C.
+
+Of several processes the first alone writes and shows.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from nestlearn.errors import UserError
 from nestlearn.files import parse_json, write_atomic
+from nestlearn.train.processes import any_of, join
 
 
 class Throughput(TrainerCallback):
@@ -55,6 +59,8 @@ class Metrics(TrainerCallback):
         self.path, self.model, self.throughput = path, model, throughput
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         lines = [_line(row) for row in read_metrics(self.path) if row["step"] <= state.global_step]
         write_atomic(self.path, lambda path: path.write_text("".join(lines)))
 
@@ -65,6 +71,8 @@ class Metrics(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
     ) -> None:
+        if not state.is_world_process_zero:
+            return
         logs = logs or {}
         row: dict[str, Any] = {"model": self.model, "step": state.global_step, "tokens": state.num_input_tokens_seen}
         if "loss" in logs:
@@ -117,6 +125,8 @@ class Progress(TrainerCallback):
         self._shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         # A log file gets a line now and then instead of ten a second.
         interval = 0.1 if sys.stderr.isatty() else 20.0
         self._bar = tqdm(
@@ -155,7 +165,7 @@ class Progress(TrainerCallback):
 class Interrupt(TrainerCallback):
     """Ctrl-C ends the run after the step at hand, with a checkpoint; a second one ends it at once.
 
-    Used as a context manager around training; ``requested`` tells afterwards.
+    Used as a context manager around training; ``requested`` tells afterwards. Of several processes one is enough.
     """
 
     def __init__(self) -> None:
@@ -175,8 +185,10 @@ class Interrupt(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        if join().is_main_process:
+            print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.requested = any_of(self.requested)
         if self.requested:
             control.should_save = control.should_training_stop = True

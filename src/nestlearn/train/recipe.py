@@ -70,7 +70,8 @@ class ModelRecipe:
 class TrainRecipe:
     """How long and how fast it learns.
 
-    ``tokens``: the budget, in tokens, of each model. ``batch_size``: sequences of one forward pass.
+    ``tokens``: the budget, in tokens, of each model. ``batch_size``: sequences of one forward pass, of all processes
+    together.
     ``gradient_accumulation``: forward passes of one step. ``optimizer``: a name of
     `nestlearn.train.optimizers.build`. ``learning_rate``: its peak, in units of that optimizer (good ones for AdamW
     and Muon differ by a factor of ten). ``levelwise``: whether the levels of continuum memories are updated at their
@@ -80,6 +81,8 @@ class TrainRecipe:
     (0: never). ``log_every``, ``eval_every``, ``save_every``: in steps.
     ``eval_tokens`` and ``final_eval_tokens``: how much of the validation set, at most, an evaluation during
     training and the one after it read. ``precision``: ``"auto"`` is bf16 on a GPU that has it and fp32 elsewhere.
+    ``sharded``: whether each of several processes holds a part of the weights, of their gradients and of the
+    optimizer's memory (FSDP2) instead of all (DDP); not for deep-momentum.
     """
 
     tokens: int = _number(1_000_000, 1)
@@ -98,6 +101,7 @@ class TrainRecipe:
     final_eval_tokens: int = _number(500_000, 2)
     save_every: int = _number(100, 1)
     precision: str = _choice("auto", PRECISIONS)
+    sharded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,9 @@ from nestlearn.train.curves import plot_curves
 from nestlearn.train.evaluate import NotFinite, evaluate_text
 from nestlearn.train.generate import generate_text
 from nestlearn.train.model import architecture, build, count_parameters, model_config, parameter_count, resolved_options
+from nestlearn.train.processes import join, share
 from nestlearn.train.recipe import BaselineRecipe, ModelRecipe, Recipe, differences, dump, load_recipe
+from nestlearn.train.sharding import shard, whole_model
 from nestlearn.train.trainer import RECIPE, LanguageModelTrainer, check_weights, export, training_arguments
 
 RESULT, METRICS, CURVES = "result.json", "metrics.jsonl", "curves.png"
@@ -89,8 +91,6 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
     >>> result["models"][0]["validation"]["bits_per_byte"]                            # doctest: +SKIP
     """
     out = Path(out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training in several processes is not supported yet: start it without torchrun")
     require_extra("accelerate", "training")  # the Trainer of transformers does
     require_extra("matplotlib", "the plot of a run")
     try:
@@ -98,9 +98,10 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
         recipe = resolve(recipe)
         if resume:
             _check_same_recipe(recipe, out)
-        _ = recipe.steps  # raises before anything is read
+        _ = recipe.steps, share(recipe.train.batch_size)  # raise before anything is read
         data = read_data(recipe)
         phases = _phases(recipe, data, out)
+        join().wait_for_everyone()  # until all have looked at the folder
         if not resume:
             _write_recipe(recipe, out)
         return _run(recipe, phases, data, out)
@@ -208,24 +209,27 @@ def _phases(recipe: Recipe, data: Data, out: Path) -> list[Phase]:
 
 
 def _run(recipe: Recipe, phases: list[Phase], data: Data, out: Path) -> dict[str, Any]:
+    first = join().is_main_process  # the others compute, and read what it writes
     results = []
     for phase in phases:
-        result = _read_result(phase.folder)
-        if result is None:
+        if _read_result(phase.folder) is None:
             if phase.folder != out:
                 _write_recipe(phase.recipe, phase.folder)
             try:
-                result = _train_phase(phase, data)
+                _train_phase(phase, data)
             except NotFinite as error:
                 raise UserError(_diverged(error, phase, phases[0])) from error
-            write_json(phase.folder / RESULT, result)
-        shutil.rmtree(phase.folder / CHECKPOINTS, ignore_errors=True)
+        result = _read_result(phase.folder)
+        assert result is not None
         results.append(result)
+        if first:
+            shutil.rmtree(phase.folder / CHECKPOINTS, ignore_errors=True)
     entries = [result["models"][0] | {"folder": name} for result, name in zip(results, (".", BASELINE), strict=False)]
     whole = results[0] | {"models": entries}
-    write_json(out / RESULT, whole)
-    rows = {entry["model"]: read_metrics(out / entry["folder"] / METRICS) for entry in entries}
-    plot_curves(out / CURVES, rows, f"{' and '.join(rows)} on {Path(recipe.data.source).name}")
+    if first:
+        write_json(out / RESULT, whole)
+        rows = {entry["model"]: read_metrics(out / entry["folder"] / METRICS) for entry in entries}
+        plot_curves(out / CURVES, rows, f"{' and '.join(rows)} on {Path(recipe.data.source).name}")
     return whole | {"folder": str(out)}
 
 
@@ -241,7 +245,8 @@ def _diverged(error: NotFinite, phase: Phase, first: Phase) -> str:
 
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    write_atomic(folder / RECIPE, lambda path: path.write_text(dump(recipe)))
+    if join().is_main_process:
+        write_atomic(folder / RECIPE, lambda path: path.write_text(dump(recipe)))
 
 
 def _read_result(folder: Path) -> dict[str, Any] | None:
@@ -257,18 +262,23 @@ def _read_result(folder: Path) -> dict[str, Any] | None:
     return result
 
 
-def _train_phase(phase: Phase, data: Data) -> dict[str, Any]:
-    recipe = phase.recipe
+def _train_phase(phase: Phase, data: Data) -> None:
+    """Train one model, from its last checkpoint if there is one, until its ``result.json`` is there."""
+    here, recipe = join(), phase.recipe
     checkpoints = phase.folder / CHECKPOINTS
-    sweep(checkpoints)
+    if here.is_main_process:
+        sweep(checkpoints)
+    here.wait_for_everyone()
     last = max(list_checkpoints(checkpoints), key=step_of, default=None)
     if last is not None:
         verify(last)
     set_seed(recipe.seed)
     model = build(phase.config)
-    throughput = Throughput()
+    in_parts = recipe.train.sharded and here.num_processes > 1
+    if in_parts:
+        shard(model)
+    throughput, interrupt = Throughput(), Interrupt()
     progress = Progress(phase.name, throughput)
-    interrupt = Interrupt()
     trainer = LanguageModelTrainer(
         model=model,
         args=training_arguments(recipe, checkpoints),
@@ -291,7 +301,11 @@ def _train_phase(phase: Phase, data: Data) -> dict[str, Any]:
         if interrupt.requested:
             raise KeyboardInterrupt
     check_weights(model, recipe.steps)
-    return _finish(phase, data, model)
+    if in_parts:
+        model = whole_model(model)
+    if here.is_main_process:
+        write_json(phase.folder / RESULT, _finish(phase, data, model))
+    here.wait_for_everyone()
 
 
 def _spread(blocks: PackedTokens, tokens: int) -> Subset:

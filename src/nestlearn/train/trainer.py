@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging as hf_logging
 
@@ -22,13 +25,15 @@ from nestlearn.optim import LevelwiseOptimizer
 from nestlearn.train.checkpoint import commit, disk_errors, load_state, save_state
 from nestlearn.train.evaluate import NotFinite
 from nestlearn.train.optimizers import build
+from nestlearn.train.processes import mean
 from nestlearn.train.recipe import Recipe, changes, dump, load_recipe
+from nestlearn.train.sharding import part_of, parts_of_state, sharded, whole, whole_weights
 
 RECIPE = "run.toml"
 
 
 def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    """The Trainer's arguments for a recipe: one process, AdamW fused, nothing reported anywhere.
+    """The Trainer's arguments for a recipe: AdamW fused, nothing reported anywhere, a batch shared by all processes.
 
     ``folder`` receives the checkpoints.
     """
@@ -38,8 +43,9 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.batch_size,  # of all processes together, as `split_batches` has it
         per_device_eval_batch_size=train.batch_size,
+        accelerator_config={"split_batches": True},
         gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate,
         warmup_steps=math.ceil(train.warmup * recipe.steps),
@@ -90,7 +96,17 @@ class LanguageModelTrainer(Trainer):
         self._fingerprint = fingerprint
         self._unlogged: tuple[torch.Tensor, int] | None = None  # of a checkpoint: the loss and step of `_tr_loss`
         self._use_cache = use_cache  # the Trainer turns it off while it trains
+        self._sharded = sharded(model)
+        if self._sharded and not hasattr(self, "is_distributed_loading_by_transformers"):
+            raise UserError("train.sharded needs a transformers of 5.23 or newer: pip install -U transformers")
+        # The Trainer's word for a model that is sharded already and is to be wrapped in nothing more.
+        self.is_distributed_loading_by_transformers = self._sharded
         self._staging: Path | None = None
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """The gradients of a sharded model are reduced after each pass: whole ones would take the memory it lacks."""
+        yield
 
     # The loss and the gradient
 
@@ -150,29 +166,38 @@ class LanguageModelTrainer(Trainer):
             (folder / name).rmdir()
             (folder / RECIPE).write_text(dump(self._recipe))
 
-        commit(self._folder, name, fill)
+        if self.is_world_process_zero():
+            commit(self._folder, name, fill)
+        else:  # what the processes do together, without a file
+            super()._save_checkpoint(model, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        weights = whole_weights(model) if self._sharded else None
+        if not self.args.should_save:
+            return
         folder = self._folder if output_dir is None else Path(output_dir)
-        export(self.accelerator.unwrap_model(self.model), self._tokenizer, folder, self._use_cache)
+        export(model, self._tokenizer, folder, self._use_cache, weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}
+        state = {"optimizer": whole(self.optimizer.state_dict()), "scheduler": self.lr_scheduler.state_dict()}
         # The loss since the last line of the log, so that the line after a resume is a mean of all its steps.
-        unlogged = (self._tr_loss, self._globalstep_last_logged)
-        save_state(Path(output_dir) / "optimizer", state | {"data": self._fingerprint, "unlogged": unlogged})
+        unlogged = (mean(self._tr_loss), self._globalstep_last_logged)
+        if self.args.should_save:
+            save_state(Path(output_dir) / "optimizer", state | {"data": self._fingerprint, "unlogged": unlogged})
 
     def _save_rng_state(self, output_dir: str) -> None:
         state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
         state["cpu"] = torch.random.get_rng_state()
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
-        save_state(Path(output_dir) / "random", state)
+        if self.args.should_save:  # the numbers of all processes are the same
+            save_state(Path(output_dir) / "random", state)
 
     # Resuming
 
@@ -185,7 +210,8 @@ class LanguageModelTrainer(Trainer):
         wrong = (set(model.state_dict()) - shared) ^ (set(weights) - shared)
         if wrong:
             raise UserError(f"{resume_from_checkpoint} holds another model: it differs in {sorted(wrong)[0]}")
-        model.load_state_dict(weights, strict=False)
+        own = model.state_dict()
+        model.load_state_dict({name: part_of(value, own[name]) for name, value in weights.items()}, strict=False)
 
     def _check_origin(self, checkpoint: Path) -> None:
         """Raise `UserError` unless the checkpoint is of this recipe and this training data."""
@@ -207,7 +233,7 @@ class LanguageModelTrainer(Trainer):
         state = load_state(Path(checkpoint) / "optimizer")
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(parts_of_state(state["optimizer"], self.optimizer))
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self._unlogged = state.get("unlogged")
 
@@ -228,19 +254,29 @@ class LanguageModelTrainer(Trainer):
 def check_weights(model: torch.nn.Module, step: int) -> None:
     """Raise `NotFinite` if a weight is NaN or infinite."""
     for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
+        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not torch.isfinite(here).all():
             raise NotFinite(f"the weights became NaN or infinite ({name}) at step {step}")
 
 
-def export(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, use_cache: bool = True) -> None:
-    """Write ``config.json``, ``model.safetensors`` and the tokenizer, as ``from_pretrained`` reads them."""
+def export(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    use_cache: bool = True,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write ``config.json``, ``model.safetensors`` and the tokenizer, as ``from_pretrained`` reads them.
+
+    ``weights``: in place of the model's own.
+    """
     training = model.config.use_cache
     model.config.use_cache = use_cache
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()  # "Writing model shards" in the middle of our own bar
     try:
         with disk_errors():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
     finally:
         model.config.use_cache = training

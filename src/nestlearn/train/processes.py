@@ -1,0 +1,67 @@
+"""One run in the processes that torchrun starts: all read, one writes, and they stop together.
+
+Every process has the same recipe, the same data and the same random numbers, and takes its part of each batch; so a
+recipe means the same run in any number of processes, to rounding. The run folder is one that all of them see.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+from nestlearn.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def join() -> PartialState:
+    """This process among those of the run, joined at the first call. Without torchrun it is alone.
+
+    >>> join().is_main_process
+    True
+    """
+    from accelerate import PartialState  # here, as it is an extra
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def count() -> int:
+    """The processes that torchrun started, before they are joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def share(batch_size: int) -> int:
+    """The sequences of a batch that each process takes. Raises `UserError` if they cannot be shared equally.
+
+    >>> share(8)
+    8
+    """
+    if batch_size % count():
+        raise UserError(
+            f"train.batch_size is {batch_size}, which {count()} processes cannot share equally: "
+            f"make it a multiple of {count()}, or start another number of processes"
+        )
+    return batch_size // count()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether ``flag`` is true in any process; all of them must ask."""
+    here = join()
+    if here.num_processes == 1:
+        return flag
+    found = torch.tensor(float(flag), device=here.device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return bool(found)
+
+
+def mean(value: torch.Tensor) -> torch.Tensor:
+    """A copy of ``value``, averaged over the processes; all of them must ask."""
+    total = value.clone()
+    here = join()
+    if here.num_processes > 1:
+        distributed.all_reduce(total)
+    return total / here.num_processes
