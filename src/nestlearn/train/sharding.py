@@ -77,15 +77,12 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 def parts_of_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """The whole state of an optimizer with every tensor that has its parameter's shape sharded like that parameter."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    memories = {
-        index: {key: part_of(value, parameters[index]) if isinstance(value, Tensor) else value for key, value in own}
-        for index, own in ((index, own.items()) for index, own in state["state"].items())
-    }
-    shared = {**state, "state": memories}
+    like = lambda memory, i: _map(memory, lambda t: part_of(t, parameters[i]))  # noqa: E731
+    parts = {**state, "state": {i: like(memory, i) for i, memory in state["state"].items()}}
     if "levelwise" in state:
-        kept = {i: part_of(gradient, parameters[i]) for i, gradient in state["levelwise"]["kept"].items()}
-        shared["levelwise"] = {**state["levelwise"], "kept": kept}
-    return shared
+        own = state["levelwise"]
+        parts["levelwise"] = {**own, "kept": {i: like(gradient, i) for i, gradient in own["kept"].items()}}
+    return parts
 
 
 def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
