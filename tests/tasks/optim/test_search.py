@@ -11,7 +11,7 @@ import pytest
 
 from nestlearn.tasks.cells import Cell
 from nestlearn.tasks.optim import search as module
-from nestlearn.tasks.optim.search import Effort, grid, search
+from nestlearn.tasks.optim.search import Effort, grid, search, summary
 
 CENTRE = 0.01
 STEP = 0.5  # decades between two points
@@ -105,9 +105,9 @@ def test_mean_and_spread_are_of_all_seeds() -> None:
 
 def test_a_seed_that_diverges_is_counted() -> None:
     runs = [{"validation_loss": 1.0, "diverged": False}, {"diverged": True}]
-    summary = module.summarise({0.1: runs[0]}, runs[1:], "validation_loss", 0)
-    assert summary["diverged"] == 1
-    assert summary["mean"] == {}
+    found = summary({0.1: runs[0]}, runs[1:], "validation_loss", 0)
+    assert found["diverged"] == 1
+    assert found["mean"] == {}
 
 
 @pytest.mark.parametrize("points", [1, 2, 5, 7])

@@ -8,11 +8,11 @@ The best point then runs with the other seeds.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nestlearn.tasks.cells import Cell, Result, diverged
+from nestlearn.tasks.core.plan import best, summarise
 
 # The middle of each grid, by experiment and optimizer, in the units of the optimizer's class.
 CENTRES: dict[str, dict[str, float]] = {
@@ -62,7 +62,7 @@ def search(
     effort: Effort,
     criterion: str = "validation_loss",
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Search every optimizer in every setting: ``result[setting][optimizer]``, see `summarise`.
+    """Search every optimizer in every setting: ``result[setting][optimizer]``, see `summary`.
 
     Args:
         experiment: a row of `CENTRES`.
@@ -90,27 +90,21 @@ def search(
         at_edge = {setting for setting, name in entries if _at_edge(found[setting, name], criterion)}
         for entry in entries:
             if entry[0] in at_edge:
-                grids[entry] = extend(grids[entry], best(found[entry], criterion))
+                grids[entry] = extend(grids[entry], best(found[entry], [criterion]))
         for setting in at_edge:
             extended[setting] += 1
         if at_edge:
             measure()
 
-    chosen = {entry: best(found[entry], criterion) for entry in entries}
+    chosen = {entry: best(found[entry], [criterion]) for entry in entries}
     cells = {(e, s): make_cell(*e, lr, s) for e, lr in chosen.items() if lr is not None for s in effort.seeds[1:]}
     results = run(list(cells.values())) if cells else {}
-    summary: dict[str, dict[str, dict[str, Any]]] = {setting: {} for setting in settings}
+    searched: dict[str, dict[str, dict[str, Any]]] = {setting: {} for setting in settings}
     for entry in entries:
         setting, name = entry
         later = [results[cells[entry, s].name] for s in effort.seeds[1:] if (entry, s) in cells]
-        summary[setting][name] = summarise(found[entry], later, criterion, extended[setting])
-    return summary
-
-
-def best(found: Mapping[float, Result], criterion: str) -> float | None:
-    """The learning rate of the smallest criterion; ``None`` if all diverged."""
-    good = {lr: result[criterion] for lr, result in found.items() if not diverged(result, criterion)}
-    return min(good, key=lambda lr: good[lr]) if good else None
+        searched[setting][name] = summary(found[entry], later, criterion, extended[setting])
+    return searched
 
 
 def extend(rates: list[float], centre: float | None) -> list[float]:
@@ -123,33 +117,25 @@ def extend(rates: list[float], centre: float | None) -> list[float]:
     return [*rates, _round(rates[-1] * RATIO)] if upward else [_round(rates[0] / RATIO), *rates]
 
 
-def summarise(found: Mapping[float, Result], later: list[Result], criterion: str, extended: int) -> dict[str, Any]:
+def summary(found: Mapping[float, Result], later: list[Result], criterion: str, extended: int) -> dict[str, Any]:
     """What a search found.
 
     Returns ``grid`` (each learning rate with its criterion at the first seed, null if it diverged), ``lr`` (the best,
-    null if all diverged), ``at_edge``, ``extended`` (points added to the grid), ``runs`` (the results of all seeds at
-    ``lr``), ``diverged`` (how many of them did), and ``mean`` and ``spread`` (the standard deviation over the seeds,
-    null for one seed) of every number in the results. A number that one seed lacks has neither.
+    null if all diverged), ``at_edge``, ``extended`` (points added to the grid), and of the results of all seeds at
+    ``lr`` what `nestlearn.tasks.core.plan.summarise` says.
     """
-    lr = best(found, criterion)
-    runs = [] if lr is None else [found[lr], *later]
-    names = [key for key, value in (runs[0] if runs else {}).items() if isinstance(value, int | float)]
-    columns: dict[str, list[Any]] = {key: [run.get(key) for run in runs] for key in names if key != "diverged"}
-    numbers = {key: values for key, values in columns.items() if None not in values}
+    lr = best(found, [criterion])
     return {
         "grid": [[rate, None if diverged(r, criterion) else r[criterion]] for rate, r in sorted(found.items())],
         "lr": lr,
         "at_edge": _at_edge(found, criterion),
         "extended": extended,
-        "runs": runs,
-        "diverged": sum(diverged(r, criterion) for r in runs),
-        "mean": {key: statistics.fmean(values) for key, values in numbers.items()},
-        "spread": {k: statistics.stdev(v) if len(v) > 1 else None for k, v in numbers.items()},
+        **summarise([] if lr is None else [found[lr], *later], criterion),
     }
 
 
 def _at_edge(found: Mapping[float, Result], criterion: str) -> bool:
-    return best(found, criterion) in (None, min(found), max(found))
+    return best(found, [criterion]) in (None, min(found), max(found))
 
 
 def _round(rate: float) -> float:
