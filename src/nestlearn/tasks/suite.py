@@ -3,10 +3,10 @@
 A task is a module with three names:
 
 * ``TITLE``: of its section in the report, with the number of the paper's table or figure;
-* ``plan(scale, data) -> Plan``: what to run (`nestlearn.tasks.core.plan`). ``scale`` is of `SCALES`, ``data`` the
+* ``plan(scale, data) -> Plan``: what to run (`nestlearn.tasks.plan`). ``scale`` is of `SCALES`, ``data`` the
   folder of real data or ``None``. A row that cannot be run, for want of data or of a block type, has a ``reason``;
   the plan itself never fails for that;
-* ``section(found, folder) -> str``: Markdown from `nestlearn.tasks.core.plan.outcomes`, which may miss any number. It
+* ``section(found, folder) -> str``: Markdown from `nestlearn.tasks.plan.outcomes`, which may miss any number. It
   may draw figures into ``folder`` and name them as ``![what it shows](file.png)``.
 
 The suite does the rest: resuming, processes, the equal search, the recipe, command, commit and runs behind every
@@ -74,8 +74,8 @@ def run_suite(
         if not torch.cuda.is_available():
             raise UserError("no GPU is there for --scale gpu: give --scale cpu")
     _claim(out, suite.name, scale)
-    from nestlearn.tasks.core.plan import Plan, carry_out, outcomes
-    from nestlearn.tasks.core.report import provenance, write
+    from nestlearn.tasks.plan import Plan, carry_out, outcomes
+    from nestlearn.tasks.report import provenance, write
 
     found = {}
 

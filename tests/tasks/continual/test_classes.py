@@ -9,7 +9,7 @@ import pytest
 from nestlearn.tasks.continual import class_incremental
 from nestlearn.tasks.continual.class_incremental import GRADIENT, IN_CONTEXT, RECIPES, learn_classes, plan, section
 from nestlearn.tasks.continual.classes import FILES, load_groups
-from nestlearn.tasks.core.plan import carry_out, outcomes
+from nestlearn.tasks.plan import carry_out, outcomes
 from nestlearn.tasks.suite import SCALES
 from tests.tasks.continual import small_data
 

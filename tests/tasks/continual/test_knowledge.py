@@ -12,7 +12,7 @@ from nestlearn.tasks.continual.knowledge import LONGER, METHODS, RECIPES, read_s
 from nestlearn.tasks.continual.late import LateModel
 from nestlearn.tasks.continual.pretrained import load_model
 from nestlearn.tasks.continual.streams import Domain, Question, load_domains
-from nestlearn.tasks.core.plan import outcomes
+from nestlearn.tasks.plan import outcomes
 from tests.tasks.continual import small_data
 
 

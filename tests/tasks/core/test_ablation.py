@@ -13,7 +13,7 @@ from nestlearn.tasks.core import ablation, language
 from nestlearn.tasks.core.ablation import LETTER, OWN, PAPERS, ROWS, plan, section, with_averages
 from nestlearn.tasks.core.models import Size, language_model
 from nestlearn.tasks.core.paper import TABLE_6
-from nestlearn.tasks.core.plan import carry_out, outcomes
+from nestlearn.tasks.plan import carry_out, outcomes
 from nestlearn.train.model import count_parameters
 from tests.tasks.core import small_data
 

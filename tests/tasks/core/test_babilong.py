@@ -14,8 +14,8 @@ from nestlearn.tasks.core import SCALES, babilong
 from nestlearn.tasks.core.babi import END, NAMES, Background, Question, Teller, Vocabulary
 from nestlearn.tasks.core.babilong import MODELS, RECIPES, climb, plan, section, train_one
 from nestlearn.tasks.core.models import Size, language_model
-from nestlearn.tasks.core.plan import carry_out, outcomes
 from nestlearn.tasks.core.reading import MemoryMeter, advance, answer, tensor_bytes
+from nestlearn.tasks.plan import carry_out, outcomes
 from tests.tasks.core import small_data
 
 TINY = Size(dim=16, layers=2, heads=2, intermediate=24)

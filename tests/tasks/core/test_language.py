@@ -15,7 +15,7 @@ from nestlearn.tasks.core.contexts import losses_by_context, span_ends, windows
 from nestlearn.tasks.core.language import BYTES, CONTEXTS, MODELS, WORDS, plan, section, train_one
 from nestlearn.tasks.core.models import Size, language_model
 from nestlearn.tasks.core.paper import FIGURE_10, TABLE_2_COLUMNS
-from nestlearn.tasks.core.plan import carry_out, outcomes
+from nestlearn.tasks.plan import carry_out, outcomes
 from nestlearn.train.evaluate import evaluate_text
 from nestlearn.train.model import count_parameters
 from tests.tasks.core import small_data

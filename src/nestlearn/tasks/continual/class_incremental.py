@@ -39,10 +39,10 @@ from nestlearn.tasks.continual.learners import (
 from nestlearn.tasks.continual.metrics import average_accuracy, backward_transfer, forgetting
 from nestlearn.tasks.continual.pretrained import lacking_model, load_model
 from nestlearn.tasks.continual.rules import make_rule
-from nestlearn.tasks.core.datasets import lacking
-from nestlearn.tasks.core.plan import Plan, Row
-from nestlearn.tasks.core.report import differences, measured, order_section
+from nestlearn.tasks.datasets import lacking
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
+from nestlearn.tasks.plan import Plan, Row
+from nestlearn.tasks.report import differences, measured, order_section
 
 TITLE = "Class-incremental learning (figure 6)"
 # Tokens, the first less than a step reads, the last some times a group; a row of n levels has the first n.

@@ -33,10 +33,10 @@ from nestlearn.tasks.continual.late import LateModel
 from nestlearn.tasks.continual.pretrained import lacking_model, load_model
 from nestlearn.tasks.continual.rules import CLIP, Rule, make_rule
 from nestlearn.tasks.continual.streams import Domain, load_domains
-from nestlearn.tasks.core.datasets import lacking
-from nestlearn.tasks.core.plan import Plan, Row
-from nestlearn.tasks.core.report import measured
+from nestlearn.tasks.datasets import lacking
 from nestlearn.tasks.layout import table
+from nestlearn.tasks.plan import Plan, Row
+from nestlearn.tasks.report import measured
 
 TITLE = "New knowledge without forgetting"
 BEFORE = "before"  # the setting of the model that has read nothing

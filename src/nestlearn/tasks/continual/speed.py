@@ -23,9 +23,9 @@ from nestlearn.learner.learner import ContinualLearner
 from nestlearn.learner.stream import Windows
 from nestlearn.tasks.continual.pretrained import lacking_model, load_model
 from nestlearn.tasks.continual.rules import FineTuning
-from nestlearn.tasks.core.plan import Plan, Row
-from nestlearn.tasks.core.report import measured
 from nestlearn.tasks.layout import table
+from nestlearn.tasks.plan import Plan, Row
+from nestlearn.tasks.report import measured
 
 TITLE = "Speed of learning, of generation and of a snapshot"
 SETTING = "speed"

@@ -2,7 +2,7 @@
 
 What a task is and what the suite does for it stands in `nestlearn.tasks.suite`. Models come by name from
 `nestlearn.tasks.core.models`, the paper's numbers from `nestlearn.tasks.core.paper`, tables and sentences on order from
-`nestlearn.tasks.core.report`.
+`nestlearn.tasks.report`.
 
 Nothing is imported here, so that the command line can check names before it loads torch.
 """

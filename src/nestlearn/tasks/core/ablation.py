@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.tasks.core import accuracy, language
-from nestlearn.tasks.core.datasets import lacking
 from nestlearn.tasks.core.models import Size, configure
 from nestlearn.tasks.core.paper import TABLE_2_COLUMNS, TABLE_6
-from nestlearn.tasks.core.plan import Plan, Row
-from nestlearn.tasks.core.report import differences, measured, order_section
+from nestlearn.tasks.datasets import lacking
 from nestlearn.tasks.layout import PALETTE, new_figure, save_figure, table
+from nestlearn.tasks.plan import Plan, Row
+from nestlearn.tasks.report import differences, measured, order_section
 from nestlearn.train.model import parameter_count
 
 TITLE = "Ablation (table 6, section 9.6)"

@@ -36,13 +36,13 @@ from nestlearn.tasks.core.babi import (
     read_questions,
     task_file,
 )
-from nestlearn.tasks.core.datasets import lacking
 from nestlearn.tasks.core.models import Size, language_model, missing
-from nestlearn.tasks.core.plan import Plan, Row
 from nestlearn.tasks.core.reading import MemoryMeter, advance, answer, tensor_bytes
-from nestlearn.tasks.core.report import base, measured
 from nestlearn.tasks.core.step import descend
+from nestlearn.tasks.datasets import lacking
 from nestlearn.tasks.layout import PALETTE, legend_below, panel_grid, save_figure, table
+from nestlearn.tasks.plan import Plan, Row
+from nestlearn.tasks.report import base, measured
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
 

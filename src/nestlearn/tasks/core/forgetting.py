@@ -33,10 +33,10 @@ from nestlearn.data import load_corpus, load_tokenizer
 from nestlearn.data.packing import pack
 from nestlearn.models.hope import HopeConfig, HopeForCausalLM
 from nestlearn.optim import LevelwiseOptimizer, periods_of
-from nestlearn.tasks.core.plan import Plan, Row
-from nestlearn.tasks.core.report import measured
 from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
+from nestlearn.tasks.plan import Plan, Row
+from nestlearn.tasks.report import measured
 from nestlearn.train.model import count_parameters
 
 TITLE = "Forgetting and recovery by levels (section 7.1)"

@@ -28,10 +28,10 @@ from nestlearn.errors import UserError, nearest
 from nestlearn.tasks.core.languages import LANGUAGES, Batch, Language, Word, collate, fixed_words, sample
 from nestlearn.tasks.core.models import Size, build, missing
 from nestlearn.tasks.core.paper import TABLE_5, TABLE_5_LANGUAGES
-from nestlearn.tasks.core.plan import Plan, Row
-from nestlearn.tasks.core.report import base, differences, measured, order_section
 from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, new_figure, save_figure, table
+from nestlearn.tasks.plan import Plan, Row
+from nestlearn.tasks.report import base, differences, measured, order_section
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
 

@@ -32,10 +32,10 @@ from nestlearn.errors import UserError
 from nestlearn.tasks.core.mad_data import IGNORE, Examples, Problem, draw
 from nestlearn.tasks.core.models import Size, build, missing
 from nestlearn.tasks.core.paper import TABLE_4, TABLE_4_TASKS
-from nestlearn.tasks.core.plan import Plan, Row, summarise
-from nestlearn.tasks.core.report import base, differences, measured, order_section
 from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, new_figure, save_figure, table
+from nestlearn.tasks.plan import Plan, Row, summarise
+from nestlearn.tasks.report import base, differences, measured, order_section
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
 

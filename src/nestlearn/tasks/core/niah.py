@@ -44,10 +44,10 @@ from nestlearn.tasks.core.needles import (
     share_found,
 )
 from nestlearn.tasks.core.paper import TABLE_1, TABLE_1_LENGTHS
-from nestlearn.tasks.core.plan import Plan, Row
-from nestlearn.tasks.core.report import base, differences, measured, order_section
 from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
+from nestlearn.tasks.plan import Plan, Row
+from nestlearn.tasks.report import base, differences, measured, order_section
 from nestlearn.train.model import count_parameters
 from nestlearn.train.optimizers import build as build_optimizer
 

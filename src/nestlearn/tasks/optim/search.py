@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nestlearn.tasks.cells import Cell, Result, diverged
-from nestlearn.tasks.core.plan import best, summarise
+from nestlearn.tasks.plan import best, summarise
 
 # The middle of each grid, by experiment and optimizer, in the units of the optimizer's class.
 CENTRES: dict[str, dict[str, float]] = {
@@ -122,7 +122,7 @@ def summary(found: Mapping[float, Result], later: list[Result], criterion: str, 
 
     Returns ``grid`` (each learning rate with its criterion at the first seed, null if it diverged), ``lr`` (the best,
     null if all diverged), ``at_edge``, ``extended`` (points added to the grid), and of the results of all seeds at
-    ``lr`` what `nestlearn.tasks.core.plan.summarise` says.
+    ``lr`` what `nestlearn.tasks.plan.summarise` says.
     """
     lr = best(found, [criterion])
     return {

@@ -13,7 +13,7 @@ from nestlearn.files import read_json, write_atomic
 from nestlearn.tasks.layout import table
 from nestlearn.tasks.suite import Suite
 
-Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # of `nestlearn.tasks.core.plan.outcomes`
+Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # of `nestlearn.tasks.plan.outcomes`
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

@@ -10,9 +10,9 @@ import pytest
 
 from nestlearn.errors import UserError
 from nestlearn.tasks import core
-from nestlearn.tasks.core.plan import Plan, Row, best, outcomes, summarise
-from nestlearn.tasks.core.report import differences, measured, order_section
 from nestlearn.tasks.layout import table
+from nestlearn.tasks.plan import Plan, Row, best, outcomes, summarise
+from nestlearn.tasks.report import differences, measured, order_section
 
 # This module is itself a task, see `nestlearn.tasks.core`.
 TITLE = "A toy"
