@@ -76,6 +76,10 @@ WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
 # Of the embeddings' root mean square, while a model trains. Without it the loss falls to 1e-8, where nothing asks for
 # more precision, and a count that is right to a percent is wrong in a longer word.
 NOISE = 0.1
+# The certainty that is asked for in training is finite. Else the loss is the smaller the larger a logit, says nothing
+# once all are large, and lets them drift along a word, which goes on in a longer one; with a logit to hold, of 9.2, that
+# costs. A count must turn within one symbol, which a tenfold smoothing makes harder (docs/log.md).
+SMOOTHED = 1e-4  # of each target's probability is given to the other answer
 TEST_WORDS = 500  # of each bin, where a language has many words of a size
 VALIDATION_WORDS = 300
 VALIDATION_SEED, TEST_SEED = 1, 2  # training draws from seeds of its own
@@ -210,7 +214,7 @@ def train_one(
     for step in range(1, steps + 1):
         network.train()
         words = collate(rules, sample(rules, sizes, batch, generator))
-        loss = _losses(network, words, device)[0].mean()
+        loss = _losses(network, words, device, SMOOTHED)[0].mean()
         if not descend(network, optimizer, loss, lr * min(step / WARMUP, (steps - step + 1) / DECAY, 1)):
             return result | {"diverged": True, "steps": step}
         averaged.update_parameters(network)
@@ -278,9 +282,10 @@ def wholly_right(correct: np.ndarray, real: np.ndarray) -> np.ndarray:
     return np.all(correct | ~real, axis=1)
 
 
-def _losses(network: nn.Module, batch: Batch, device: str) -> tuple[Tensor, Tensor]:
+def _losses(network: nn.Module, batch: Batch, device: str, smoothed: float = 0.0) -> tuple[Tensor, Tensor]:
     """The loss of every output at every real position (N, outputs), and which positions are right (B, T)."""
     tokens, targets, real = (torch.from_numpy(array).to(device) for array in batch)
     logits = network(tokens)
-    losses = nn.functional.binary_cross_entropy_with_logits(logits[real], targets[real].float(), reduction="none")
+    asked = targets[real].float() * (1 - 2 * smoothed) + smoothed
+    losses = nn.functional.binary_cross_entropy_with_logits(logits[real], asked, reduction="none")
     return losses, ((logits > 0) == targets).all(-1)
