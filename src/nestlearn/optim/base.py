@@ -218,8 +218,8 @@ def sweep(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     """Batches for element-wise work on lists of tensors of equal shapes.
 
     On an accelerator that is every tensor at once, for few and large kernels; on a CPU one cache-sized piece at a
-    time, which is twice as fast as whole tensors when an update makes several passes. A piece of a sharded tensor
-    would be a copy.
+    time, which is twice as fast as whole tensors when an update makes several passes; a sharded one cannot be cut
+    into such pieces.
     """
     if not lists[0][0].is_cpu:
         yield lists

@@ -16,6 +16,7 @@ from nestlearn.tasks.core.formal import (
     NOISE,
     RECIPES,
     _average,
+    _losses,
     add_noise,
     evaluate,
     plan,
@@ -23,7 +24,7 @@ from nestlearn.tasks.core.formal import (
     train_one,
     wholly_right,
 )
-from nestlearn.tasks.core.languages import LANGUAGES, fixed_words
+from nestlearn.tasks.core.languages import LANGUAGES, collate, fixed_words
 from nestlearn.tasks.core.paper import TABLE_5, TABLE_5_LANGUAGES
 
 TINY: dict[str, Any] = dict(size={"dim": 16, "layers": 1, "heads": 2, "intermediate": 24}, batch=8, longest=6, every=5)
@@ -70,6 +71,21 @@ def test_embeddings_are_noisy_in_training_alone() -> None:
     size = clean.square().mean().sqrt()
     assert (network(tokens) - clean).std().item() == pytest.approx(NOISE * size.item(), rel=0.02)
     assert torch.equal(network.eval()(tokens), clean)
+
+
+def test_training_asks_for_a_finite_logit_and_testing_for_the_target() -> None:
+    language, share = LANGUAGES["Parity"], 0.01
+    batch = collate(language, fixed_words(language, 9, 0, 20, 0))
+    logit = nn.Parameter(torch.tensor(0.0))
+    sign = 2.0 * torch.from_numpy(batch.targets).float() - 1
+
+    def slope(value: float, smoothed: float) -> float:
+        logit.data.fill_(value)
+        (gradient,) = torch.autograd.grad(_losses(lambda tokens: sign * logit, batch, "cpu", smoothed)[0].mean(), logit)
+        return gradient.item()
+
+    assert slope(np.log((1 - share) / share), share) == pytest.approx(0, abs=1e-7)
+    assert slope(8.0, share) > 0 > slope(8.0, 0.0)
 
 
 def test_the_mean_of_the_weights_is_that_of_all_and_later_forgets() -> None:

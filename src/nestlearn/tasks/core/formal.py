@@ -76,9 +76,9 @@ WEIGHT_DECAY = 0.01  # decoupled, in units of the learning rate, on matrices
 # Of the embeddings' root mean square, while a model trains. Without it the loss falls to 1e-8, where nothing asks for
 # more precision, and a count that is right to a percent is wrong in a longer word.
 NOISE = 0.1
-# The certainty that is asked for in training is finite. Else the loss is the smaller the larger a logit, says nothing
-# once all are large, and lets them drift along a word, which goes on in a longer one; with a logit to hold, of 9.2, that
-# costs. A count must turn within one symbol, which a tenfold smoothing makes harder (docs/log.md).
+# The certainty that is asked for in training is finite. Else the loss falls with every larger logit, says nothing once
+# all are large, and lets them drift along a word, which goes on in a longer one; a logit to hold, here 9.2, makes that
+# cost. A count must turn within one symbol, which ten times the smoothing makes harder (docs/log.md).
 SMOOTHED = 1e-4  # of each target's probability is given to the other answer
 TEST_WORDS = 500  # of each bin, where a language has many words of a size
 VALIDATION_WORDS = 300
