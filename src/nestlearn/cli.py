@@ -55,6 +55,8 @@ def train(
     Everything but these options stands in the recipe. The run folder holds the model as from_pretrained reads it,
     metrics.jsonl, curves.png, result.json and run.toml, the full recipe.
 
+    torchrun --nproc-per-node N --no-python nestlearn train ... shares each batch between N processes.
+
     Example: nestlearn train --preset tiny --data book.txt
     """
     from nestlearn.train.recipe import load_preset, load_recipe

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from nestlearn.errors import UserError
+from nestlearn.train import processes
 from nestlearn.train.callbacks import read_metrics
 from nestlearn.train.recipe import Recipe, dump
 from nestlearn.train.run import train
@@ -80,7 +82,7 @@ def test_a_sharded_run_that_is_interrupted_goes_on_in_one_process_or_two(hope_re
 def test_a_batch_that_cannot_be_shared_is_one_line(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(processes, "join", lambda: SimpleNamespace(num_processes=3))
     with pytest.raises(UserError, match=r"train.batch_size is 2, which 3 processes cannot share equally: make it a"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()

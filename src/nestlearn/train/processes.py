@@ -6,7 +6,6 @@ recipe means the same run in any number of processes, to rounding. The run folde
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,23 +28,14 @@ def join() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def count() -> int:
-    """The processes that torchrun started, before they are joined."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def share(batch_size: int) -> int:
-    """The sequences of a batch that each process takes. Raises `UserError` if they cannot be shared equally.
-
-    >>> share(8)
-    8
-    """
-    if batch_size % count():
+def check_shares(batch_size: int) -> None:
+    """Raise `UserError` if the processes cannot take equal shares of a batch."""
+    processes = join().num_processes
+    if batch_size % processes:
         raise UserError(
-            f"train.batch_size is {batch_size}, which {count()} processes cannot share equally: "
-            f"make it a multiple of {count()}, or start another number of processes"
+            f"train.batch_size is {batch_size}, which {processes} processes cannot share equally: "
+            f"make it a multiple of {processes}, or start another number of processes"
         )
-    return batch_size // count()
 
 
 def any_of(flag: bool) -> bool:

@@ -43,7 +43,7 @@ from nestlearn.train.curves import plot_curves
 from nestlearn.train.evaluate import NotFinite, evaluate_text
 from nestlearn.train.generate import generate_text
 from nestlearn.train.model import architecture, build, count_parameters, model_config, parameter_count, resolved_options
-from nestlearn.train.processes import join, share
+from nestlearn.train.processes import check_shares, join
 from nestlearn.train.recipe import BaselineRecipe, ModelRecipe, Recipe, differences, dump, load_recipe
 from nestlearn.train.sharding import shard, whole_model
 from nestlearn.train.trainer import RECIPE, LanguageModelTrainer, check_weights, export, training_arguments
@@ -98,7 +98,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
         recipe = resolve(recipe)
         if resume:
             _check_same_recipe(recipe, out)
-        _ = recipe.steps, share(recipe.train.batch_size)  # raise before anything is read
+        _ = recipe.steps  # raises before anything is read
+        check_shares(recipe.train.batch_size)
         data = read_data(recipe)
         phases = _phases(recipe, data, out)
         join().wait_for_everyone()  # until all have looked at the folder
