@@ -46,6 +46,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         per_device_train_batch_size=train.batch_size,  # of all processes together, as `split_batches` has it
         per_device_eval_batch_size=train.batch_size,
         accelerator_config={"split_batches": True},
+        ddp_find_unused_parameters=False,  # there are none, see tests/contracts/test_block_types.py
         gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate,
         warmup_steps=math.ceil(train.warmup * recipe.steps),
