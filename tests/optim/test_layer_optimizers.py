@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +20,7 @@ from nestlearn.memory import objectives
 from nestlearn.optim.base import NotFiniteGradient
 from nestlearn.optim.descent import DGD, GGD
 from nestlearn.optim.generalized import GeneralizedMomentum
+from tests.optim.processes import in_two, met
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -223,9 +224,6 @@ def test_digits_are_learned(method: str, shared_data: Path) -> None:
 
 
 def replica(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-
     def train(method: str) -> list[Tensor]:
         model = build()
         optimizer = METHODS[method](model)
@@ -236,16 +234,12 @@ def replica(rank: int, folder: str) -> None:
             optimizer.zero_grad()
         return [p.detach() for p in model.parameters()]
 
-    torch.save({method: train(method) for method in METHODS}, f"{folder}/{rank}.pt")
-    gc.collect()  # a DistributedDataParallel that outlives its process group can hang when it is freed
-    distributed.barrier()
-    distributed.destroy_process_group()
+    with met(rank, folder):
+        torch.save({method: train(method) for method in METHODS}, f"{folder}/{rank}.pt")
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
-    multiprocessing.spawn(replica, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in in_two(replica, tmp_path):
         for method in METHODS:
             for ours, theirs in zip(found[method], run(method, TOKENS), strict=True):
                 torch.testing.assert_close(ours, theirs, **EXACT)

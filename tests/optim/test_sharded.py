@@ -1,12 +1,11 @@
 """Parameters that several processes hold in parts (FSDP2) are updated as whole ones are."""
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,6 +24,7 @@ from nestlearn.optim import (
     periods_of,
 )
 from nestlearn.optim.base import PIECE
+from tests.optim.processes import in_two, met
 
 METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
@@ -58,25 +58,17 @@ def run(method: str, model: nn.Module, inputs: Tensor) -> list[Tensor]:
 
 
 def part(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-
-    def sharded() -> nn.Module:
-        return fully_shard(build(), mesh=mesh)
-
-    torch.save({name: run(name, sharded(), INPUTS[4 * rank :][:4]) for name in METHODS}, f"{folder}/{rank}.pt")
-    with pytest.raises(UserError, match="without FSDP"):
-        DeepMomentum(sharded().parameters(), lr=0.1)
-    gc.collect()
-    distributed.barrier()
-    distributed.destroy_process_group()
+    with met(rank, folder):
+        mesh = init_device_mesh("cpu", (2,))
+        inputs = INPUTS[4 * rank :][:4]
+        found = {name: run(name, fully_shard(build(), mesh=mesh), inputs) for name in METHODS}
+        torch.save(found, f"{folder}/{rank}.pt")
+        with pytest.raises(UserError, match="without FSDP"):
+            DeepMomentum(fully_shard(build(), mesh=mesh).parameters(), lr=0.1)
 
 
 def test_parts_are_updated_as_the_whole(tmp_path: Path) -> None:
-    multiprocessing.spawn(part, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in in_two(part, tmp_path):
         for method in METHODS:
             for ours, theirs in zip(found[method], run(method, build(), INPUTS), strict=True):
                 named = f"{method}: {{}}".format

@@ -205,6 +205,13 @@ def is_sharded(t: Tensor) -> bool:
     return hasattr(t, "full_tensor")
 
 
+def refuse_sharded(optimizer: object, parameters: Iterable[Tensor]) -> None:
+    """Raise `UserError` if a parameter is sharded, for optimizers that need whole rows."""
+    if any(map(is_sharded, parameters)):
+        name = type(optimizer).__name__
+        raise UserError(f"{name} got sharded parameters (DTensor): use it without FSDP, or with DDP")
+
+
 def as_matrix(t: Tensor) -> Tensor:
     """A view (d_out, d_in): kernels of a convolution flattened per output, a vector as one row.
 

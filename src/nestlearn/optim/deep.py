@@ -12,7 +12,7 @@ from nestlearn.errors import UserError
 from nestlearn.memory import MLPMemory, objectives
 from nestlearn.memory.objectives import Objective
 from nestlearn.optim import outputs
-from nestlearn.optim.base import MemoryOptimizer, State, check_all, is_sharded, state_dtype
+from nestlearn.optim.base import MemoryOptimizer, State, check_all, refuse_sharded, state_dtype
 from nestlearn.optim.outputs import Output
 
 
@@ -76,8 +76,7 @@ class DeepMomentum(MemoryOptimizer):
         _objective(group)
 
     def _memory(self, p: Tensor, group: dict[str, Any]) -> State:
-        if is_sharded(p):  # its network reads whole rows of the gradient, and is one for all of them
-            raise UserError("DeepMomentum got sharded parameters (DTensor): use it without FSDP, or with DDP")
+        refuse_sharded(self, [p])  # its network reads whole rows of the gradient, and is one for all of them
         width = _rows(p).shape[-1]
         generator = torch.Generator().manual_seed(group["seed"])
         _, features = MLPMemory(width, width, group["hidden"]).init(generator=generator)

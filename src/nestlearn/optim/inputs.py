@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from nestlearn.errors import UserError
-from nestlearn.optim.base import MemoryOptimizer, as_matrix, is_sharded, state_dtype
+from nestlearn.optim.base import MemoryOptimizer, as_matrix, refuse_sharded, state_dtype
 
 PATCHES = 2**22  # elements of the patches of a convolution that are unfolded at once: 16 MiB in float32
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -308,8 +308,7 @@ class LayerOptimizer(MemoryOptimizer):
         name = type(self).__name__
         if not isinstance(model, nn.Module):
             raise UserError(f"{name} got {type(model).__name__}: it needs the inputs of the layers, give it the module")
-        if any(is_sharded(p) for p in model.parameters()):
-            raise UserError(f"{name} got sharded parameters (DTensor): use it without FSDP, or with DDP")
+        refuse_sharded(self, model.parameters())
         super().__init__(model.named_parameters(), defaults)
         self._model, self._inputs = model, self._watch(model)
 

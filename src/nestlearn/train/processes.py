@@ -46,12 +46,3 @@ def any_of(flag: bool) -> bool:
     found = torch.tensor(float(flag), device=here.device)
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return bool(found)
-
-
-def mean(value: torch.Tensor) -> torch.Tensor:
-    """A copy of ``value``, averaged over the processes; all of them must ask."""
-    total = value.clone()
-    here = join()
-    if here.num_processes > 1:
-        distributed.all_reduce(total)
-    return total / here.num_processes

@@ -275,8 +275,7 @@ def _train_phase(phase: Phase, data: Data) -> None:
         verify(last)
     set_seed(recipe.seed)
     model = build(phase.config)
-    in_parts = recipe.train.sharded and here.num_processes > 1
-    if in_parts:
+    if recipe.train.sharded and here.num_processes > 1:
         shard(model)
     throughput, interrupt = Throughput(), Interrupt()
     progress = Progress(phase.name, throughput)
@@ -302,8 +301,7 @@ def _train_phase(phase: Phase, data: Data) -> None:
         if interrupt.requested:
             raise KeyboardInterrupt
     check_weights(model, recipe.steps)
-    if in_parts:
-        model = whole_model(model)
+    model = whole_model(model)
     if here.is_main_process:
         write_json(phase.folder / RESULT, _finish(phase, data, model))
     here.wait_for_everyone()

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from nestlearn.optim.base import is_sharded
 from nestlearn.train.processes import join
 
 
@@ -32,7 +33,7 @@ def shard(model: PreTrainedModel) -> None:
 
 def sharded(model: nn.Module) -> bool:
     """Whether `shard` was here."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
+    return any(map(is_sharded, model.parameters()))
 
 
 def whole(tree: Any) -> Any:
@@ -58,7 +59,10 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_model(model: PreTrainedModel) -> PreTrainedModel:
-    """In the first process a model that is not sharded, with the weights of ``model``; in the others ``model``."""
+    """In the first process a model that is not sharded, with the weights of ``model``; in the others ``model``, as
+    everywhere if it never was."""
+    if not sharded(model):
+        return model
     weights = whole_weights(model)
     if not join().is_main_process:
         return model

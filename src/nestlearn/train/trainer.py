@@ -25,7 +25,6 @@ from nestlearn.optim import LevelwiseOptimizer
 from nestlearn.train.checkpoint import commit, disk_errors, load_state, save_state
 from nestlearn.train.evaluate import NotFinite
 from nestlearn.train.optimizers import build
-from nestlearn.train.processes import mean
 from nestlearn.train.recipe import Recipe, changes, dump, load_recipe
 from nestlearn.train.sharding import part_of, parts_of_state, sharded, whole, whole_weights
 
@@ -188,7 +187,7 @@ class LanguageModelTrainer(Trainer):
         assert self.lr_scheduler is not None
         state = {"optimizer": whole(self.optimizer.state_dict()), "scheduler": self.lr_scheduler.state_dict()}
         # The loss since the last line of the log, so that the line after a resume is a mean of all its steps.
-        unlogged = (mean(self._tr_loss), self._globalstep_last_logged)
+        unlogged = (self.accelerator.reduce(self._tr_loss, "mean"), self._globalstep_last_logged)
         if self.args.should_save:
             save_state(Path(output_dir) / "optimizer", state | {"data": self._fingerprint, "unlogged": unlogged})
 
@@ -208,10 +207,10 @@ class LanguageModelTrainer(Trainer):
         self._check_origin(Path(resume_from_checkpoint))
         weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
         shared = set(getattr(model, "all_tied_weights_keys", {}))  # saved once, under the other name
-        wrong = (set(model.state_dict()) - shared) ^ (set(weights) - shared)
+        own = model.state_dict()
+        wrong = (set(own) - shared) ^ (set(weights) - shared)
         if wrong:
             raise UserError(f"{resume_from_checkpoint} holds another model: it differs in {sorted(wrong)[0]}")
-        own = model.state_dict()
         model.load_state_dict({name: part_of(value, own[name]) for name, value in weights.items()}, strict=False)
 
     def _check_origin(self, checkpoint: Path) -> None:
