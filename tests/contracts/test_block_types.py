@@ -178,6 +178,8 @@ def test_hidden_states_of_padded_rows_stand_in_their_columns(kind: str) -> None:
     assert len(ours) == len(alone) == len(BLOCKS[kind]) + 1
     for a, b in zip(ours, alone, strict=True):
         torch.testing.assert_close(a[0, mask[0].bool()], b[0], rtol=1e-4, atol=1e-5)
+    # Each is what the next one came from, and not a copy beside it.
+    assert all(gradient.any() for gradient in torch.autograd.grad(ours[-1].square().sum(), ours))
 
 
 # Generation

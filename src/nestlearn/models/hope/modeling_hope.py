@@ -250,27 +250,26 @@ class HopeModel(HopePreTrainedModel):
             self.check_cache(past_key_values, hidden_states)
 
         valid = valid_columns(attention_mask, hidden_states)
-        lengths = order = None
+        lengths = front = back = None
         if valid is not None:
             # Once for all blocks: the valid tokens of each row go to its front, and back at the end.
             lengths = valid.sum(1)
-            order = torch.argsort((~valid).byte(), dim=1, stable=True)
-            hidden_states = permute(hidden_states, order)
-            order = torch.argsort(order, dim=1)
-
-        def restore(states: Tensor) -> Tensor:
-            return states if order is None else permute(states, order)
+            front = torch.argsort((~valid).byte(), dim=1, stable=True)
+            back = torch.argsort(front, dim=1)
+        hidden_states = permute(hidden_states, front)
 
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         collected = []
         recorded = None
-        if self.token_graph is not None and past_key_values is not None and order is None and not collect:
+        if self.token_graph is not None and past_key_values is not None and front is None and not collect:
             recorded = self.token_graph(hidden_states, past_key_values.layers)  # type: ignore[arg-type]
         for block in self.layers if recorded is None else ():
             if collect:
-                collected.append(restore(hidden_states))
+                # There and back again, so that what is returned has its gradient.
+                collected.append(permute(hidden_states, back))
+                hidden_states = permute(collected[-1], front)
             hidden_states = block(hidden_states, lengths=lengths, past_key_values=past_key_values)
-        hidden_states = restore(self.norm(hidden_states if recorded is None else recorded))
+        hidden_states = permute(self.norm(hidden_states if recorded is None else recorded), back)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
@@ -436,9 +435,9 @@ def valid_columns(mask: Tensor | None, hidden_states: Float[Tensor, "B T D"]) ->
     return None if valid.all() else valid
 
 
-def permute(states: Float[Tensor, "B T D"], order: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-    """Reorder the columns of each row."""
-    return states.gather(1, order[..., None].expand_as(states))
+def permute(states: Float[Tensor, "B T D"], order: Int[Tensor, "B T"] | None) -> Float[Tensor, "B T D"]:
+    """Reorder the columns of each row; None leaves them."""
+    return states if order is None else states.gather(1, order[..., None].expand_as(states))
 
 
 AutoModel.register(HopeConfig, HopeModel)

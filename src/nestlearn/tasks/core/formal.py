@@ -67,8 +67,8 @@ RATES = {"smoke": (3e-3,), "cpu": (3e-3, 1e-2), "gpu": (1e-3, 3e-3, 1e-2)}
 SEEDS = {"smoke": (0,), "cpu": (0, 1, 2, 3, 4), "gpu": (0, 1, 2, 3, 4)}
 CRITERION = ("validation_error", "validation_loss")
 
-# Three counts at once, over words of up to three times the length: with the others' steps two cells in five of Hope
-# miss some longer words, of every model and chunk the same language (docs/log.md).
+# Three counts in words of up to three times the others' length: with the others' steps three cells of Hope in eight
+# miss some of the longest words, and none of those that were run again with twice as many (docs/log.md).
 LONGER = {"a^n b^n c^n": 2}  # times the steps
 
 # After it the rate falls to zero over the whole run: at the full rate and a loss of almost nothing the weights wander
