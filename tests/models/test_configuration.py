@@ -12,7 +12,7 @@ from transformers import AutoConfig
 import nestlearn
 from nestlearn import HopeConfig
 from nestlearn.errors import UserError
-from nestlearn.models.hope.modeling_hope import TITANS_OPTIONS
+from nestlearn.models.hope.block import TITANS_OPTIONS
 from nestlearn.nn import SelfReferentialTitans
 
 

@@ -9,19 +9,17 @@ tokens are counted outside. A token that begins a chunk, where anchors move, goe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestlearn.models.hope.block import HopeBlock
 from nestlearn.models.hope.cache_hope import BlockState, HopeCacheLayer
 from nestlearn.nn import MemoryMixer
 from nestlearn.nn.decoding import covered, within_chunk
 from nestlearn.nn.mixer import MemoryState
 from nestlearn.ops import CoreState
-
-if TYPE_CHECKING:
-    from nestlearn.models.hope.modeling_hope import HopeBlock
 
 Run = Callable[[], list[Tensor]]
 WARM = 3  # runs before the recording, in which libraries set themselves up
