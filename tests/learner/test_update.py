@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.convert import Level
+from nestlearn.convert.kept import Kept
 from nestlearn.learner.state import LevelState
 from nestlearn.learner.update import ADAM_BETAS, ADAM_EPS, update
 
@@ -47,6 +48,18 @@ def test_sgd_is_the_step_on_the_clipped_mean_gradient(clip: float) -> None:
     for name, w in START.items():
         torch.testing.assert_close(after.weights[name], w - 0.5 * g[name], atol=1e-12, rtol=0)
     assert (after.gathered, after.tokens, after.scored, after.updates) == ({}, 0, 0, 1)
+
+
+def test_sgd_is_clipped_by_what_is_left_beside_what_is_kept() -> None:
+    along = torch.eye(4, dtype=torch.float64)[:, :2]
+    state, kept = gathered(0), {"w": Kept(along)}
+    after = update(state, Level(8, lr=0.5, rule="sgd", clip=0.1), START, kept)
+    assert after is not None
+    left = replace(state, gathered={n: g.clone() for n, g in state.gathered.items()})
+    left.gathered["w"][:, :2] = 0
+    g = clipped(left, 0.1)
+    for name, w in START.items():
+        torch.testing.assert_close(after.weights[name], w - 0.5 * g[name], atol=1e-12, rtol=0)
 
 
 def test_adamw_is_adam_with_bias_correction_and_no_decay() -> None:

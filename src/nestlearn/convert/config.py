@@ -46,11 +46,13 @@ class Level:
         lr: eta of the rule: for "adamw" the change of a weight per update, for "sgd" the factor of the mean gradient.
         rule: "adamw", "sgd" (Eq. 1), "m3" (Eq. 75) or "delta-momentum" (Eq. 49).
         clip: the largest norm of the level's gradient, a mean over the tokens of its chunk; longer ones are shortened.
+            With "sgd" without its part along what is kept.
         retention: share of the way back to the pretrained weights at each update, 0 to 1; 0 keeps everything learned.
         budget: the largest distance ``||theta - theta_0|| / ||theta_0||`` of the level; None for any.
         consolidation: how much of what it answers to a text when it has learned it is left alone by later updates: a
             step moves the answer to an input of mean size by ``1 / (1 + consolidation)`` of what it would
-            (`nestlearn.convert.kept`); 0 keeps nothing. With 0.1 classes that arrive in groups are not forgotten.
+            (`nestlearn.convert.kept`); 0 keeps nothing. Where texts conflict, as classes that arrive in groups, 3 with
+            the rule "sgd" forgot least of what was tried.
 
     Raises:
         UserError: an unknown rule, or a number out of its range.

@@ -47,6 +47,9 @@ def update(
     ``theta += retention (theta_0 - theta)``, then the projection to
     ``||theta - theta_0|| <= budget ||theta_0||``. A chunk without a predicted token changes no weight.
 
+    Where the step is the gradient itself, it is bent before it is clipped: else nearly all of the norm that the clip
+    allows is what bending then takes away, and a level learns the less the more it keeps.
+
     Args:
         state: with the gradient gathered over the chunk.
         start: the pretrained weights theta_0, fp32, by name.
@@ -59,16 +62,20 @@ def update(
     """
     if state.scored == 0:
         return replace(state, tokens=0, gathered={})
-    norm = float(get_total_norm(state.gathered.values(), foreach=False)) / state.scored
-    factor = min(1.0, level.clip / norm) / state.scored if norm else 0.0
     kept = {**(kept or {}), **state.kept}
+    gradients = state.gathered
+    if level.rule == "sgd":
+        gradients = {name: kept[name].bend(g) if name in kept else g for name, g in gradients.items()}
+        kept = {}
+    norm = float(get_total_norm(gradients.values(), foreach=False)) / state.scored
+    factor = min(1.0, level.clip / norm) / state.scored if norm else 0.0
     weights: Tensors = {}
     slots: dict[str, tuple[Tensor, ...]] = {}
     distances, sizes = [], []
     # One weight after the other, so that what a step reads and writes of it stays in the processor's cache.
-    for name, gathered in state.gathered.items():
+    for name, gradient in gradients.items():
         # Contiguous, as the fused AdamW reads gradients in the order of memory and not by their strides.
-        g = torch.mul(gathered, factor).contiguous()
+        g = torch.mul(gradient, factor).contiguous()
         pretrained = start[name]
         old = state.weights.get(name, pretrained)
         w, slots[name] = _step(level, old, g, state.slots.get(name, ()))

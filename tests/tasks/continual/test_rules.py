@@ -7,7 +7,7 @@ import torch
 from nestlearn.errors import UserError
 from nestlearn.tasks.continual.classes import Example
 from nestlearn.tasks.continual.late import LateModel
-from nestlearn.tasks.continual.learners import ClassGaussians, Demonstrations, Embedder, GradientLearner, Memory, Reader
+from nestlearn.tasks.continual.learners import GradientLearner, Reader
 from nestlearn.tasks.continual.pretrained import load_model
 from nestlearn.tasks.continual.rules import EWC, Rule, make_rule
 
@@ -121,69 +121,6 @@ def test_an_unknown_method_is_named() -> None:
         make_rule("hoep", model, 1e-3)
 
 
-class Told(Embedder):
-    """Embeddings that are given."""
-
-    def __init__(self, vectors: dict[str, list[float]]) -> None:
-        self.vectors = vectors
-
-    def __call__(self, examples: object) -> torch.Tensor:
-        return torch.tensor([self.vectors[e.text] for e in examples], dtype=torch.float64)  # type: ignore[attr-defined]
-
-
-def test_gaussians_use_the_shared_covariance() -> None:
-    model, tokenizer = load_model("tiny")
-    # Wide along the first axis, narrow along the second: "far" is nearer to class 1 by the plain distance alone.
-    points = {"a": [-4.0, 0.1], "b": [4.0, -0.1], "c": [0.0, 3.0], "d": [8.0, 3.2], "far": [6.0, 0.2]}
-    embed = Told({name: [float(x) for x in point] for name, point in points.items()})
-    inca = ClassGaussians(model, Reader(tokenizer, LABELS), embed, candidates=1, shown=1)
-    inca.learn([Example("a", 0), Example("b", 0)])
-    inca.learn([Example("c", 1), Example("d", 1)])
-    assert inca.scores([Example("far", 1)], 2).argmax(1).tolist() == [0]
-    assert inca.scores([Example("far", 1)], 2).isfinite().all()
-
-
-def test_in_context_only_candidates_and_seen_labels_can_win() -> None:
-    model, tokenizer = load_model("tiny")
-    reader = Reader(tokenizer, [*LABELS, "green"])
-    embed = Embedder(model, reader)
-    inca = ClassGaussians(model, reader, embed, candidates=2, shown=1)
-    icl = Demonstrations(model, reader, embed, shown=3)
-    seen = [*EXAMPLES, Example("a leaf", 2), Example("the grass", 2)]
-    for one in (inca, icl):
-        one.learn(seen[:4])
-        one.learn(seen[4:])
-    scores = inca.scores(seen, 3)
-    assert (scores.isfinite().sum(1) == 2).all()
-    assert icl.scores(seen, 3).isfinite().all()
-    assert icl.scores(seen[:1], 2).shape == (1, 2)
-
-
 def test_rules_are_of_the_protocol() -> None:
     rule: Rule = learner("mlp").rule
     assert rule.parameters > 0
-
-
-def test_memory_gives_what_is_most_alike_last_and_never_the_example_itself() -> None:
-    points = {"a": [0.0, 1.0], "b": [1.0, 1.0], "c": [5.0, 0.0], "like c": [6.0, 0.1]}
-    memory = Memory(Told(points))
-    kept = [Example(name, n) for n, name in enumerate("abc")]
-    memory.add(kept)
-    assert [e.text for e in memory.like([Example("like c", 0)], 2)[0]][-1] == "c"
-    own = memory.like(kept, 3)
-    assert [sorted(e.text for e in shown) for shown in own] == [["b", "c"], ["a", "c"], ["a", "b"]]
-
-
-def test_with_a_memory_kept_examples_stand_before_the_text() -> None:
-    plain = learner("mlp")
-    model, _ = load_model("tiny")
-    memory = Memory(Embedder(model, plain.reader))
-    one = GradientLearner(
-        plain.late, plain.rule, plain.reader, epochs=1, batch=2, generator=plain.generator, memory=memory, shown=1
-    )
-    one.learn(EXAMPLES)
-    (prompt,) = one._prompts(EXAMPLES[:1])
-    assert prompt.endswith("\n\n" + EXAMPLES[0].prompt)
-    assert prompt.count("Text:") == 2
-    assert EXAMPLES[0].text not in prompt.removesuffix(EXAMPLES[0].prompt)
-    assert one.scores(EXAMPLES, 2).isfinite().all()

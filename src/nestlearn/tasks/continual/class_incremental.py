@@ -5,16 +5,14 @@ After each group the model names the class of held-out texts, among all classes 
 end are likeliest behind ``Text: ... / Label:`` (the exact log-probability of each, `nestlearn.tasks.continual.choice`).
 
 All that learn by gradients read the same batches in the same order, and have the loss of the language model on the
-label's tokens; about as many parameters may change in each (but in "all weights"). Hope consolidates each group at its
-end (`nestlearn.convert.kept`), but for the row that says so; else its rows differ in their levels alone. "With
-demonstrations" kept examples stand before each text, as in ICL, also while it is learned, so that the
-context is the fastest memory and the levels learn to use it; such rows read each group once. Joint training has all
-groups at once: a ceiling, not a continual learner.
+label's tokens; about as many parameters may change in each (but in "all weights"). Hope's levels descend the gradient
+as Eq. 71 is printed, so that a step lies in the span of the inputs that it comes from, and consolidate each group at
+its end (`nestlearn.convert.kept`), but for the row that says so; else its rows differ in their levels alone. All others
+use AdamW. Joint training has all groups at once: a ceiling, not a continual learner.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import math
 from collections.abc import Mapping
@@ -33,7 +31,6 @@ from nestlearn.tasks.continual.learners import (
     Demonstrations,
     Embedder,
     GradientLearner,
-    Memory,
     Reader,
 )
 from nestlearn.tasks.continual.metrics import average_accuracy, backward_transfer, forgetting
@@ -47,19 +44,15 @@ from nestlearn.tasks.report import differences, measured, order_section
 TITLE = "Class-incremental learning (figure 6)"
 # Tokens, the first less than a step reads, the last some times a group; a row of n levels has the first n.
 PERIODS = (64, 128, 256, 512)
-CONSOLIDATION = 1.0  # of every level of Hope, at the end of a group; chosen with the rate, on CLINC150 (docs/log.md)
-LONGER = 3  # Hope's rates, in units of the others': its steps are shortened by what it has consolidated
-WITH = {"shown": 4, "epochs": 1}
-HOPE = {n: {"method": "hope", "levels": n, "consolidation": CONSOLIDATION} for n in range(1, 5)}
+LEVEL = {"rule": "sgd", "consolidation": 3.0}  # of Hope; chosen together (docs/log.md)
+HOPE = {n: {"method": "hope", "levels": n, "level": LEVEL} for n in range(1, 5)}
 GRADIENT = {
     **{f"hope, {n} level{'s' * (n > 1)}": given for n, given in HOPE.items()},
-    "hope, 4 levels, nothing consolidated": {"method": "hope", "levels": 4},
+    "hope, 4 levels, nothing consolidated": {**HOPE[4], "level": {**LEVEL, "consolidation": 0.0}},
     "fine-tuning, same blocks": {"method": "mlp"},
     "fine-tuning, all weights": {"method": "all"},
     "ewc": {"method": "ewc"},
     "lora": {"method": "lora"},
-    "hope, 4 levels, with demonstrations": {**HOPE[4], **WITH},
-    "fine-tuning, with demonstrations": {"method": "mlp", **WITH},
     "joint training": {"method": "mlp", "joint": True},
 }
 IN_CONTEXT = {"icl": {"method": "icl"}, "inca": {"method": "inca"}}
@@ -77,6 +70,7 @@ SETTINGS = {
     "gpu": {"clinc150": {}, "banking77": dict(classes=77, groups=7, train=30), "dbpedia": dict(classes=60, train=20)},
 }
 RATES = {"smoke": (1e-3,), "cpu": (1e-4, 3e-4), "gpu": (1e-5, 3e-5, 1e-4, 3e-4)}
+HOPE_RATES = {"smoke": (1.0,), "cpu": (1.0, 3.0), "gpu": (0.3, 1.0, 3.0, 10.0)}  # of gradient descent
 COUNTS = {
     "icl": {"smoke": (2,), "cpu": (4, 8), "gpu": (4, 8, 16, 32)},
     "inca": {"smoke": (2,), "cpu": (1, 4), "gpu": (1, 2, 4, 8)},
@@ -102,9 +96,7 @@ def plan(scale: str, data: str | None) -> Plan:
             reason = missing
             if method == "lora" and importlib.util.find_spec("peft") is None:
                 reason = missing or "peft is not installed: pip install 'nestlearn[peft]'"
-            rates = COUNTS[method][scale] if method in COUNTS else RATES[scale]
-            if given.get("consolidation"):
-                rates = [LONGER * lr for lr in rates]
+            rates = {**COUNTS, "hope": HOPE_RATES}.get(method, RATES)[scale]
             rows.append(Row(setting, name, {"name": setting, **given, **sizes}, reason, rates))
     return Plan("class-incremental", learn_classes, recipe, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
@@ -115,8 +107,8 @@ def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
         "Accuracy in percent among all classes so far, on held-out texts. Forgetting is the fall of earlier groups "
         "from their best, backward transfer the change since each was learned; joint training sees all groups at once. "
         "For ICL the number of demonstrations was searched in place of a learning rate, for InCA the number of "
-        "candidate classes (with 1 its Gaussians decide alone). Hope's levels consolidate each group at its end, if "
-        f"nothing else is said, and have {LONGER} times the rates, since that shortens their steps.\n"
+        "candidate classes (with 1 its Gaussians decide alone). Hope's levels learn by plain gradient descent, and "
+        "consolidate each group at its end, if nothing else is said.\n"
     ]
     sentences = []
     for setting, outcomes in found.items():
@@ -173,8 +165,7 @@ def learn_classes(
     batch: int,
     rank: int,
     levels: int = 0,
-    consolidation: float = 0.0,
-    shown: int = 0,
+    level: Mapping[str, Any] | None = None,
     joint: bool = False,
 ) -> dict[str, Any]:
     """A cell: one method learns the groups of a data set.
@@ -191,8 +182,7 @@ def learn_classes(
         epochs, batch: how often a group is read, and examples of a step.
         rank: of LoRA.
         levels: of Hope.
-        consolidation: of each of its levels, see `Level`; a group is what it calls a text.
-        shown: kept examples that stand before every text, see `GradientLearner`; 0 keeps none.
+        level: fields of each of them, see `Level`; a group is what it calls a text.
         joint: learn all groups as one.
 
     Returns in percent ``average``, ``incremental`` (mean of the averages after each group), ``forgetting``,
@@ -201,9 +191,7 @@ def learn_classes(
     """
     problem = load_groups(data, name, classes, groups, train, validation, test, seed)
     torch.manual_seed(seed)
-    learner = make_learner(
-        *load_model(model), problem, method, lr, seed, epochs, batch, rank, levels, consolidation, shown
-    )
+    learner = make_learner(*load_model(model), problem, method, lr, seed, epochs, batch, rank, levels, level or {})
     counts = np.cumsum([len(group) for group in problem.groups]).tolist()
     rows: list[list[float]] = []
     try:
@@ -245,8 +233,7 @@ def make_learner(
     batch: int,
     rank: int,
     levels: int,
-    consolidation: float,
-    shown: int,
+    level: Mapping[str, Any],
 ) -> ClassLearner:
     """The learner of a cell, see `learn_classes`."""
     reader = Reader(tokenizer, problem.labels)
@@ -260,15 +247,11 @@ def make_learner(
     first = 0 if method in ("all", "lora") else count - max(-(-count // LATE), levels)
     late = LateModel(model, first)
     # A slower level makes fewer updates, from means over more tokens: its rate grows with the root of its period.
-    given = [{"period": period, "lr": lr * math.sqrt(period / PERIODS[0])} for period in PERIODS[:levels]]
-    config = {"layers": "all", "levels": [{**level, "consolidation": consolidation} for level in given]}
-    # Embeddings are those of the pretrained model, whatever is learned.
-    memory = Memory(Embedder(copy.deepcopy(model).requires_grad_(False), reader)) if shown else None
+    rates = {period: lr * math.sqrt(period / PERIODS[0]) for period in PERIODS[:levels]}
+    config = {"layers": "all", "levels": [{"period": period, "lr": lr, **level} for period, lr in rates.items()]}
     rule = make_rule(method, late.top, lr, levels=config, strength=STRENGTH, rank=rank)
     generator = np.random.default_rng(seed)
-    return GradientLearner(
-        late, rule, reader, epochs=epochs, batch=batch, generator=generator, memory=memory, shown=shown
-    )
+    return GradientLearner(late, rule, reader, epochs=epochs, batch=batch, generator=generator)
 
 
 def accuracy(learner: ClassLearner, examples: list[Example], labels: int) -> float:

@@ -44,30 +44,28 @@ class LateModel:
         for parameter in self.bottom.parameters() if first else ():
             parameter.requires_grad_(False)
 
-    def hidden(self, sheet: Sheet, keep: bool = True) -> Tensor:
+    def hidden(self, sheet: Sheet) -> Tensor:
         """Last hidden states (B, T, D) after the final norm, with gradients of what learns.
 
-        With ``keep`` what the lower layers give is kept for the next time this very sheet is read.
+        What the lower layers give is kept for the next time this very sheet is read.
         """
         device = self.model.device
         given = {"attention_mask": self._mask(sheet), "position_ids": sheet.positions.to(device), "use_cache": False}
         if not self.first:
             return self.top.model(input_ids=sheet.ids.to(device), **given).last_hidden_state
-        return self.top.model(inputs_embeds=self._entry(sheet, given, keep), **given).last_hidden_state
+        return self.top.model(inputs_embeds=self._entry(sheet, given), **given).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states (..., D), the logits (..., vocabulary)."""
         return self.top.lm_head(hidden)
 
     @torch.no_grad()
-    def _entry(self, sheet: Sheet, given: dict, keep: bool) -> Tensor:
+    def _entry(self, sheet: Sheet, given: dict) -> Tensor:
         """What the first layer that may learn reads of a sheet."""
-        if id(sheet) in self.kept:
-            return self.kept[id(sheet)][1]
-        read = self.bottom(input_ids=sheet.ids.to(self.model.device), **given).last_hidden_state
-        if keep:
+        if id(sheet) not in self.kept:
+            read = self.bottom(input_ids=sheet.ids.to(self.model.device), **given).last_hidden_state
             self.kept[id(sheet)] = sheet, read
-        return read
+        return self.kept[id(sheet)][1]
 
     def _mask(self, sheet: Sheet) -> Tensor:
         """As what is added to the scores, which every attention of transformers takes."""

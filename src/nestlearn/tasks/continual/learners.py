@@ -114,9 +114,6 @@ class GradientLearner:
         epochs: how often a group is read.
         batch: examples of a step.
         generator: deals and orders the batches.
-        memory: with one, ``shown`` kept examples stand before every text as in `Demonstrations`, while it is learned
-            and when it is asked for: what is learned is then also how to use them.
-        shown: how many.
     """
 
     def __init__(
@@ -128,18 +125,13 @@ class GradientLearner:
         epochs: int,
         batch: int,
         generator: np.random.Generator,
-        memory: Memory | None = None,
-        shown: int = 0,
     ) -> None:
         self.late, self.rule, self.reader = late, rule, reader
         self.epochs, self.batch, self.generator = epochs, batch, generator
-        self.memory, self.shown = memory, shown
         self.parameters = rule.parameters
         self.sheets: dict[Any, Sheet] = {}
 
     def learn(self, examples: Sequence[Example]) -> None:
-        if self.memory is not None:
-            self.memory.add(examples)
         order = self.generator.permutation(len(examples))
         parts = np.array_split(order, -(-len(order) // self.batch))
         losses = [self._loss([examples[i] for i in part]) for part in parts]
@@ -158,26 +150,19 @@ class GradientLearner:
     def scores(self, examples: Sequence[Example], labels: int) -> Tensor:
         found = []
         for begin in range(0, len(examples), SCORED_AT_ONCE):
-            texts = tuple(self._prompts(examples[begin : begin + SCORED_AT_ONCE]))
+            texts = tuple(example.prompt for example in examples[begin : begin + SCORED_AT_ONCE])
             sheet = self.sheets.get(texts)
             if sheet is None:
                 sheet = lay_out([self.reader.tokens(t) for t in texts], self.reader.trie, self.reader.pad)
-                if self.memory is None:  # else the next group changes the prompts
-                    self.sheets[texts] = sheet
+                self.sheets[texts] = sheet
             with self.rule.reading():
-                hidden = self.late.hidden(sheet, keep=self.memory is None)
+                hidden = self.late.hidden(sheet)
                 found.append(label_scores(hidden, self.late.logits, sheet, self.reader.trie)[:, :labels].cpu())
         return torch.cat(found)
 
-    def _prompts(self, examples: Sequence[Example]) -> list[str]:
-        if self.memory is None:
-            return [example.prompt for example in examples]
-        shown = self.memory.like(examples, self.shown)
-        return [self.reader.behind(those, example) for those, example in zip(shown, examples, strict=True)]
-
     def _loss(self, examples: Sequence[Example]) -> tuple[Callable[[], Tensor], int, int]:
         """The summed loss of the labels of some examples, how many tokens are predicted, and how many are read."""
-        prompts = [self.reader.tokens(prompt) for prompt in self._prompts(examples)]
+        prompts = [self.reader.tokens(example.prompt) for example in examples]
         labels = [self.reader.labels[example.label] for example in examples]
         rows = [prompt + label[:-1] for prompt, label in zip(prompts, labels, strict=True)]
         sheet = lay_out(rows, None, self.reader.pad)
