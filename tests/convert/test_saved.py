@@ -119,6 +119,7 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     for arguments, says in [
         ([str(base), "--out", str(out)], "holds a converted model already"),
         ([str(base), "--out", str(tmp_path / "x"), "--lr", "1,2"], "--lr has 2 numbers for 3 levels"),
+        ([str(base), "--out", str(tmp_path / "x"), "--rule", "sgd"], "--rule sgd has no default rate: give --lr"),
         ([str(base), "--out", str(tmp_path / "x"), "--budget", "a"], "--budget 'a': give numbers"),
         ([str(base), "--out", str(tmp_path / "x"), "--retention", "2"], "retention=2.0 of a level: give a share"),
         ([str(base), "--out", str(tmp_path / "x"), "--periods", "4,b"], "--periods '4,b': give whole numbers"),

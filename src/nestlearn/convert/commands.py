@@ -47,8 +47,8 @@ def convert(
     lr: Annotated[
         str | None,
         typer.Option(
-            help="Learning rate, one for all levels or one for each; by default 2e-4 at a period of 512, growing with "
-            "the root of the period.",
+            help="Learning rate, one for all levels or one for each; by default, for adamw alone, 2e-4 at a period of "
+            "512, growing with the root of the period.",
             metavar="X[,X]",
         ),
     ] = None,
@@ -68,8 +68,8 @@ def convert(
     consolidation: Annotated[
         str,
         typer.Option(
-            help="How much of what a level has learned of a text later updates leave alone; with 0.1 classes in groups "
-            "are not forgotten.",
+            help="How much of what a level has learned of a text later updates leave alone; from 0.1, texts of one kind, "
+            "to 3, texts that conflict.",
             metavar="X[,X]",
         ),
     ] = "0",
@@ -96,7 +96,7 @@ def convert(
     """
     from transformers.utils import logging
 
-    from nestlearn.convert.config import Level, LevelsConfig, default_rate
+    from nestlearn.convert.config import RULES, Level, LevelsConfig, default_rate
     from nestlearn.convert.model import convert
     from nestlearn.convert.pretrained import model_folder
     from nestlearn.convert.saved import LEVELS, load_base
@@ -107,6 +107,8 @@ def convert(
         raise UserError(f"{out} holds a converted model already: give another --out, or remove it")
     chunks = _numbers("--periods", periods, int)
     count = len(chunks)
+    if lr is None and rule in RULES and rule != "adamw":
+        raise UserError(f"--rule {rule} has no default rate: give --lr, as 1 for sgd")
     rates = [default_rate(max(period, 1)) for period in chunks] if lr is None else _each("--lr", lr, count)
     clips, retentions = _each("--clip", clip, count), _each("--retention", retention, count)
     consolidations = _each("--consolidation", consolidation, count)
