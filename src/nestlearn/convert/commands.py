@@ -68,8 +68,8 @@ def convert(
     consolidation: Annotated[
         str,
         typer.Option(
-            help="How much of what a level has learned of a text later updates leave alone; from 0.1, texts of one kind, "
-            "to 3, texts that conflict.",
+            help="How much of what a level has learned of a text later updates leave alone: 0.1 where texts are alike, "
+            "3 where they conflict.",
             metavar="X[,X]",
         ),
     ] = "0",
