@@ -75,7 +75,7 @@ COUNTS = {
     "icl": {"smoke": (2,), "cpu": (4, 8), "gpu": (4, 8, 16, 32)},
     "inca": {"smoke": (2,), "cpu": (1, 4), "gpu": (1, 2, 4, 8)},
 }
-SEEDS = {"smoke": (0,), "cpu": (0, 1), "gpu": (0, 1, 2)}
+SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "gpu": (0, 1, 2)}
 CRITERION = ("validation_error", "validation_loss")
 STRENGTH = 0.3  # of EWC; with 0.1, 1 and 10 it was worse (docs/log.md)
 SHOWN = 2  # examples of a candidate class of InCA
