@@ -46,7 +46,7 @@ TITLE = "Class-incremental learning (figure 6)"
 PERIODS = (64, 128, 256, 512)
 LEVEL = {"rule": "sgd", "consolidation": 3.0}  # of Hope; chosen together (docs/log.md)
 HOPE = {n: {"method": "hope", "levels": n, "level": LEVEL} for n in range(1, 5)}
-GRADIENT = {
+GRADIENT: dict[str, dict[str, Any]] = {
     **{f"hope, {n} level{'s' * (n > 1)}": given for n, given in HOPE.items()},
     "hope, 4 levels, nothing consolidated": {**HOPE[4], "level": {**LEVEL, "consolidation": 0.0}},
     "fine-tuning, same blocks": {"method": "mlp"},
@@ -142,9 +142,9 @@ def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
         axes.set_title(setting, fontsize=11)
         axes.set_xlabel("groups learned")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylabel("accuracy, %")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy, %")
     legend_below(figure, panels[0])
     return save_figure(figure, path)
 
