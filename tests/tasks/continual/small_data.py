@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nestlearn.tasks.continual.classes import Example
+
+LABELS = ["red", "blue"]
+EXAMPLES = [Example("a rose", 0), Example("the sky", 1), Example("blood", 0), Example("the sea", 1)]
 CLASSES = ("pay_bill", "playMusic", "weather", "setAlarm", "translate")
 SUBJECTS = ("the river", "a small boat", "the old clock", "every second stone", "nobody", "the wind")
 VERBS = ("turned", "waited", "fell", "sang", "stood still", "went on")

@@ -9,12 +9,6 @@ from nestlearn.tasks.continual import class_incremental
 from nestlearn.tasks.continual.class_incremental import GRADIENT, IN_CONTEXT, RECIPES, learn_classes, plan, section
 from nestlearn.tasks.plan import carry_out, outcomes
 from nestlearn.tasks.suite import SCALES
-from tests.tasks.continual import small_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(small_data.write(tmp_path_factory.mktemp("data")))
 
 
 @pytest.mark.parametrize("given", [*GRADIENT.values(), *IN_CONTEXT.values()], ids=[*GRADIENT, *IN_CONTEXT])

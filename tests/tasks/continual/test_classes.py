@@ -5,12 +5,6 @@ from collections import Counter
 import pytest
 
 from nestlearn.tasks.continual.classes import FILES, load_groups
-from tests.tasks.continual import small_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(small_data.write(tmp_path_factory.mktemp("data")))
 
 
 @pytest.mark.parametrize("name", list(FILES))

@@ -13,12 +13,6 @@ from nestlearn.tasks.continual.late import LateModel
 from nestlearn.tasks.continual.pretrained import load_model
 from nestlearn.tasks.continual.streams import Domain, Question, load_domains
 from nestlearn.tasks.plan import outcomes
-from tests.tasks.continual import small_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(small_data.write(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture(scope="module")

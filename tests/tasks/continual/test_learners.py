@@ -5,9 +5,7 @@ import torch
 from nestlearn.tasks.continual.classes import Example
 from nestlearn.tasks.continual.learners import ClassGaussians, Demonstrations, Embedder, Memory, Reader
 from nestlearn.tasks.continual.pretrained import load_model
-
-LABELS = ["red", "blue"]
-EXAMPLES = [Example("a rose", 0), Example("the sky", 1), Example("blood", 0), Example("the sea", 1)]
+from tests.tasks.continual.small_data import EXAMPLES, LABELS
 
 
 class Told(Embedder):

@@ -5,14 +5,12 @@ import pytest
 import torch
 
 from nestlearn.errors import UserError
-from nestlearn.tasks.continual.classes import Example
 from nestlearn.tasks.continual.late import LateModel
 from nestlearn.tasks.continual.learners import GradientLearner, Reader
 from nestlearn.tasks.continual.pretrained import load_model
 from nestlearn.tasks.continual.rules import EWC, Rule, make_rule
+from tests.tasks.continual.small_data import EXAMPLES, LABELS
 
-LABELS = ["red", "blue"]
-EXAMPLES = [Example("a rose", 0), Example("the sky", 1), Example("blood", 0), Example("the sea", 1)]
 LEVELS = {"layers": "all", "levels": [{"period": 1}, {"period": 10_000}]}
 
 
