@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.func import functional_call, grad, jvp, vmap
 
 from nestlearn.errors import UserError
 from nestlearn.nn.titans import SelfReferentialTitans
@@ -198,3 +199,24 @@ def test_empty_pieces_change_nothing() -> None:
     assert torch.equal(same.core.current[0], state.core.current[0])
     assert titans(torch.randn(0, 5, 8))[0].shape == (0, 5, 8)
     assert y.shape == (2, 5, 8)
+
+
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+def test_torch_func_takes_gradients_of_each_sequence_and_derivatives_along_a_direction(memory: str) -> None:
+    titans = layer(memory=memory, norm_limit=0.02).double()  # a limit that is reached
+    x = torch.randn(3, 11, 8, dtype=torch.float64)
+    at = {name: p.detach() for name, p in titans.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], sequence: torch.Tensor) -> torch.Tensor:
+        return functional_call(titans, parameters, (sequence[None],))[0].square().sum()
+
+    by_sequence = vmap(grad(loss), in_dims=(None, 0))(at, x)
+    for row, sequence in enumerate(x):
+        titans.zero_grad()
+        titans(sequence[None])[0].square().sum().backward()
+        for name, p in titans.named_parameters():
+            assert torch.allclose(by_sequence[name][row], p.grad, rtol=1e-9, atol=1e-12), name
+    along = {name: torch.randn_like(p) for name, p in at.items()}
+    _, slope = jvp(lambda parameters: loss(parameters, x[-1]), (at,), (along,))
+    expected = sum((p.grad * along[name]).sum() for name, p in titans.named_parameters())
+    assert slope.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nestlearn.convert import ContinualModel
 from nestlearn.errors import UserError
+from nestlearn.learner.cross_entropy import NOTHING, cross_entropy
 from nestlearn.learner.stream import Text, Windows, opening
-
-NOTHING = -100  # the target where no token is predicted
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def token_losses(
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The last token predicts nothing here; its logits stay where they are, since a cut would copy all of them.
     targets = F.pad(ids[:, 1 - kept :].masked_fill(~scored, NOTHING), (0, 1), value=NOTHING).to(device)
-    losses = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=NOTHING, reduction="none")
+    losses = cross_entropy(wide.flatten(0, 1), targets.flatten())
     return losses.view_as(targets)[:, :-1], scored
 
 

@@ -24,7 +24,7 @@ from nestlearn.ops.mlp import MLPKernel
 from nestlearn.ops.mlp_adjoint import MLPSegments
 from nestlearn.ops.oja import OjaKernel
 from nestlearn.ops.omega import OmegaKernel
-from nestlearn.ops.rule import MEMORY, Start, WriteRule, unit
+from nestlearn.ops.rule import MEMORY, Start, WriteRule, transformed, unit
 from nestlearn.ops.state import CoreState
 from nestlearn.ops.step import step
 
@@ -93,7 +93,7 @@ def self_modify(
         state = _begin(kernel, learned, rule, batch)
     else:
         _check_state(state, kernel, learned, batch)
-    if name == "triton":
+    if name == "triton" and not transformed():
         from nestlearn.ops.triton.sequence import by_kernels  # here, as Triton is not installed everywhere
 
         return by_kernels(inputs, kernel, learned, state, lengths, by_chunks)
@@ -133,7 +133,9 @@ def by_chunks(
             distinct.append(value)
     split = [value.contiguous().split(sizes, dim=2) for value in distinct]
     advance: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]] = partial(step, kernel)
-    if isinstance(kernel, LinearKernel) and LinearSegments.covers(kernel):
+    if transformed():
+        pass
+    elif isinstance(kernel, LinearKernel) and LinearSegments.covers(kernel):
         advance = LinearSegments(kernel, source)
     elif isinstance(kernel, MLPKernel) and MLPSegments.covers(kernel):
         advance = MLPSegments(kernel, source)

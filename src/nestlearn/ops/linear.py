@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nestlearn.memory import objectives
-from nestlearn.ops.rule import GATES, MEMORY, REACH, Start, WriteRule, clip
+from nestlearn.ops.rule import GATES, MEMORY, REACH, Start, WriteRule, clip, may_look
 from nestlearn.ops.segment import Segment
 
 Packed = tuple[Tensor, ...]
@@ -71,7 +71,7 @@ class LinearKernel:
         sizes = self.blocks.sum(-1).clamp(max=packed[0].shape[-1])
         most = bound**2 * sizes  # of the summed squares of a block
         squares = torch.linalg.vector_norm(packed[0].detach(), dim=-1).square() @ self.blocks.mT
-        if packed[0].device.type == "cpu" and not bool((squares > most).any()):
+        if may_look(packed[0]) and not bool((squares > most).any()):
             return packed
         squares = packed[0].square().sum(-1) @ self.blocks.mT
         factors = (most / squares.maximum(most)).sqrt()  # (B, H, n)

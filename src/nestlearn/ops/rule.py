@@ -193,10 +193,20 @@ def limit(weights: Tensor, norm_limit: float | None) -> Tensor:
     return weights * shrink(weights.square().sum((-2, -1), keepdim=True), weights.shape[-2:], norm_limit)
 
 
+def transformed() -> bool:
+    """Whether a transform of `torch.func` is at work (grad, vmap, jvp), which goes through no hand-written node."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def may_look(t: Tensor) -> bool:
+    """Whether what is done may depend on a value: on an accelerator to look is to wait, and vmap does not allow it."""
+    return t.device.type == "cpu" and not transformed()
+
+
 def exceeds(blocks: Iterable[Tensor], norm_limit: float | Tensor) -> bool:
-    """Whether any matrix (..., m, n) is past the limit. On an accelerator, where to look is to wait: always."""
+    """Whether any matrix (..., m, n) is past the limit, or may be where one does not look."""
     return any(
-        w.device.type != "cpu"
+        not may_look(w)
         or bool((torch.linalg.vector_norm(w.detach(), dim=(-2, -1)) > norm_limit * min(w.shape[-2:]) ** 0.5).any())
         for w in blocks
     )
