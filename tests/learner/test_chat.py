@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -93,3 +94,21 @@ def test_a_long_conversation_loses_its_oldest_exchanges(
     assert "number 8" in learner.shown[-1]
     assert "number 7" in learner.shown[-1]
     assert "number 0" not in learner.shown[-1]
+
+
+def test_an_exchange_is_kept_at_once_and_what_was_forgotten_does_not_come_back(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """As if the process had been killed after each line: what is opened next is what the chat stood at."""
+    learner = Scripted(model, tokenizer, tmp_path, autosave=1000)
+    learner.script("fine")
+    chat = Chat(learner)
+    chat.take("how are you")
+    assert ContinualLearner(model, tokenizer, tmp_path).state.clock == learner.state.clock > 0
+    begun = learner.state.clock
+    later = Chat(learner)
+    later.take("good")
+    assert learner.state.clock > begun
+    for what, clock in (("/forget", begun), ("/forget all", 0)):
+        later.take(what)
+        assert ContinualLearner(model, tokenizer, tmp_path).state.clock == learner.state.clock == clock

@@ -33,7 +33,7 @@ class Chat:
     """Reads lines from standard input until it ends. Every exchange is learned as a text of its own.
 
     Args:
-        learner: with a store.
+        learner: with a store; if it saves automatically, then after every exchange too.
         max_new_tokens, temperature, top_p, seed: of an answer, as in `ContinualLearner.generate`.
         as_json: print a JSON object a line, an answer when it is whole.
 
@@ -146,6 +146,7 @@ class Chat:
             self.learner.forget()
         else:
             self.learner.state = self.start
+        self.learner.checkpoint()  # else what was forgotten is back after a kill
         self.messages = []
         place = "the pretrained weights" if what else "the start of this chat"
         self._print(f"back at {place}", back=place)

@@ -130,13 +130,13 @@ def chat(
 ) -> None:
     """Talk with a model that learns from the conversation, and from files that it is told to read.
 
-    /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves and saves.
+    Every exchange is kept as soon as it is learned. /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.
 
     Example: nestlearn chat smollm2 --store memory/
     """
     from nestlearn.learner.chat import Chat
 
-    learner = _learner(model, store, branch, 0, None, None)
+    learner = _learner(model, store, branch, 0, None, AUTOSAVE)
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "as_json": as_json}
     Chat(learner, max_new_tokens=max_new_tokens, **options).run()
 

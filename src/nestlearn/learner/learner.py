@@ -147,12 +147,12 @@ class ContinualLearner:
         except KeyboardInterrupt:
             if self._over_limit() is not None:
                 self._turn_back()
-            self._autosave()
+            self.checkpoint()
             raise
         if reason is not None:
             self._turn_back()
         if tally.tokens:
-            self._autosave()
+            self.checkpoint()
         elif known is not None and known.finished:
             self.state = began
         return tally.report(self.state, reason)
@@ -173,7 +173,7 @@ class ContinualLearner:
                 return reason
             unsaved |= self.autosave is not None and _passed(before, state.read, self.autosave)
             if unsaved and (due or self.probe is None):
-                self._autosave()
+                self.checkpoint()
                 unsaved = False
         if tally.tokens or (windows.read is not None and not windows.read.finished):
             self.state = flush(self.model, self.state, self.reading)
@@ -224,6 +224,11 @@ class ContinualLearner:
     def save(self, name: str | None = None) -> Snapshot:
         """Keep the whole state as a snapshot. Raises `UserError` without a store, or for a name that is taken."""
         return self._save(name, auto=False)
+
+    def checkpoint(self) -> None:
+        """An automatic snapshot of the state as it is, if the learner makes any; one behind it is kept."""
+        if self.autosave is not None and self.store is not None:
+            self._save(None, auto=True)
 
     def rollback(self, ref: str) -> Snapshot:
         """Go back to a snapshot: a name, an id or its first digits, "head", "head~2". Nothing is removed."""
@@ -315,10 +320,6 @@ class ContinualLearner:
         self.snapshot, self._saved = self._stored().save(self.state.to_tensors(), meta, name=name), self.state
         self._stored().prune(keep_last=KEPT)
         return self.snapshot
-
-    def _autosave(self) -> None:
-        if self.autosave is not None and self.store is not None:
-            self._save(None, auto=True)
 
     def _load(self, ref: str) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """The tensors of a snapshot, and the JSON beside them. Raises `UserError` if it does not fit the model."""
