@@ -177,6 +177,16 @@ def test_mistakes_get_one_clear_line() -> None:
             layer(**changes)
 
 
+def test_momentum_writes_as_much_as_without_it_and_in_full_as_printed() -> None:
+    titans = layer(momentum=True)
+    torch.nn.init.constant_(titans.momentum, 2.0)
+    start, plain = titans.initial(), layer().initial()
+    for name in start.names:
+        without = plain.write_scale.get(name, torch.ones(2))
+        torch.testing.assert_close(start.write_scale[name] / (1 - start.momentum), without)
+    assert layer(momentum=True, write_scale=None).initial().write_scale == {}
+
+
 def test_inputs_and_states_of_another_shape_are_refused() -> None:
     titans = layer()
     x = torch.randn(2, 5, 8)

@@ -38,8 +38,9 @@ class SelfReferentialTitans(MemoryMixer):
         memory: structure of every memory, ``"linear"`` (Eq. 92, 93) or ``"mlp"`` (Eq. 89, 91).
         memory_hidden: hidden width of an MLP memory; None means d.
         conv_size: tokens that the causal depthwise convolution sees; 1 leaves it out.
-        momentum: whether the inner update has a momentum (the paper's table 6 ablates one), retained fraction
-            learned per head.
+        momentum: whether the inner update has a momentum (the paper's table 6 ablates one), retained fraction b
+            learned per head. It is a mean: writes are scaled by ``1 - b``, so that they add up to what they are
+            without it. As a plain sum, which they are with ``write_scale=None``, it costs a language model a lot.
         inner_k, inner_v, inner_q, inner_gates: whether a memory generates k, v, q, and eta with alpha; else a
             static linear projection does.
         shared_input: whether the memories of k, v and q read one static projection of x in place of one each. The
@@ -189,11 +190,15 @@ class SelfReferentialTitans(MemoryMixer):
 
     def initial(self) -> Start:
         """The learned start of the core, in float32 or wider."""
+        scale = {name: wide(s).sigmoid() for name, s in _own(self.write_scale).items()}
+        momentum = None if self.momentum is None else wide(self.momentum).sigmoid()
+        if momentum is not None and self.initial_write_scale is not None:
+            scale = {name: (1 - momentum) * scale.get(name, 1.0) for name in self.memories}
         return Start(
             weights={name: tuple(wide(w) for w in self._weights(name)) for name in self.memories},
             bias={name: wide(b) for name, b in _own(self.bias).items()},
-            write_scale={name: wide(s).sigmoid() for name, s in _own(self.write_scale).items()},
-            momentum=None if self.momentum is None else wide(self.momentum).sigmoid(),
+            write_scale=scale,
+            momentum=momentum,
             erase=None if self.erase is None else wide(self.erase).sigmoid(),
             accumulates=self._accumulates(),
         )
