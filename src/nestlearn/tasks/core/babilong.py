@@ -36,7 +36,7 @@ from nestlearn.tasks.core.babi import (
     read_questions,
     task_file,
 )
-from nestlearn.tasks.core.models import Size, language_model, missing
+from nestlearn.tasks.core.models import Size, language_model
 from nestlearn.tasks.core.reading import MemoryMeter, advance, answer, tensor_bytes
 from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.datasets import lacking
@@ -125,7 +125,7 @@ def plan(scale: str, data: str | None) -> Plan:
             longest = LONGEST[scale] if model == "hope" and task == next(iter(NAMES)) else []
             ladder = [*RECIPES[scale]["ladder"], *longest]
             arguments = {"task": task, "model": model, "options": options, "ladder": ladder}
-            rows.append(Row(task, name, arguments, missing(model) or absent))
+            rows.append(Row(task, name, arguments, absent))
     return Plan("babilong", train_one, recipe, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from nestlearn.errors import UserError, nearest
 from nestlearn.tasks.core.languages import LANGUAGES, Batch, Language, Word, collate, fixed_words, sample
-from nestlearn.tasks.core.models import Size, build, missing
+from nestlearn.tasks.core.models import Size, build
 from nestlearn.tasks.core.paper import TABLE_5, TABLE_5_LANGUAGES
 from nestlearn.tasks.core.step import UsualNorm, descend
 from nestlearn.tasks.layout import PALETTE, new_figure, save_figure, table
@@ -99,7 +99,6 @@ def plan(scale: str, data: str | None) -> Plan:
             language,
             row,
             {"language": language, "model": model, "options": options} | longer.get(language, {}),
-            missing(model),
         )
         for language in TABLE_5_LANGUAGES
         for row, (model, options) in ROWS.items()

@@ -29,7 +29,7 @@ from nestlearn.data.streams import token_units
 from nestlearn.optim import NotFiniteGradient
 from nestlearn.tasks.core import accuracy
 from nestlearn.tasks.core.contexts import losses_by_context, perplexity
-from nestlearn.tasks.core.models import Size, language_model, missing
+from nestlearn.tasks.core.models import Size, language_model
 from nestlearn.tasks.core.paper import FIGURE_10, FIGURE_10_CONTEXTS, TABLE_2, TABLE_2_COLUMNS
 from nestlearn.tasks.datasets import lacking
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
@@ -85,7 +85,7 @@ def plan(scale: str, data: str | None) -> Plan:
     """Every model on both texts."""
     absent = lacking(data, [CORPUS])
     rows = [
-        Row(text, model, {"model": model, **values, "examples": shared_examples(scale, text)}, missing(model) or absent)
+        Row(text, model, {"model": model, **values, "examples": shared_examples(scale, text)}, absent)
         for text, values in TEXTS[scale].items()
         for model in MODELS
     ]

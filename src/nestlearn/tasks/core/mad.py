@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from nestlearn.errors import UserError
 from nestlearn.tasks.core.mad_data import IGNORE, Examples, Problem, draw
-from nestlearn.tasks.core.models import Size, build, missing
+from nestlearn.tasks.core.models import Size, build
 from nestlearn.tasks.core.paper import TABLE_4, TABLE_4_TASKS
 from nestlearn.tasks.core.step import descend
 from nestlearn.tasks.layout import PALETTE, new_figure, save_figure, table
@@ -126,7 +126,7 @@ def plan(scale: str, data: str | None) -> Plan:
         for name, problem in problems(scale, task).items():
             for row, (model, options) in ROWS.items():
                 arguments = {"task": task, "problem": dataclasses.asdict(problem), "epochs": epochs, "model": model}
-                rows.append(Row(f"{task}, {name}", row, arguments | {"options": options}, missing(model)))
+                rows.append(Row(f"{task}, {name}", row, arguments | {"options": options}))
     return Plan("mad", train_one, RECIPES[scale], rows, RATES[scale], SEEDS[scale], CRITERION)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.errors import UserError, nearest
-from nestlearn.models.hope import BLOCK_TYPES, HopeConfig, HopeForCausalLM, HopeModel
+from nestlearn.models.hope import HopeConfig, HopeForCausalLM, HopeModel
 from nestlearn.tasks.core.srwm import SelfReferentialModel
 from nestlearn.train.model import RESERVED, option_names
 
@@ -49,18 +49,6 @@ class Size:
     intermediate: int = 192
 
 
-def missing(name: str) -> str | None:
-    """Why the model cannot be built here, in one line; ``None`` if it can. Raises `UserError` for an unknown name.
-
-    >>> missing("hope") is None
-    True
-    """
-    if name not in MODELS:
-        raise UserError(f"unknown model '{name}'; {nearest(name, MODELS)}")
-    block = BLOCKS.get(name)
-    return None if block is None or block in BLOCK_TYPES else f"this version has no block type '{block}'"
-
-
 def configure(name: str, vocabulary: int, size: Size, options: Mapping[str, Any] | None = None) -> HopeConfig:
     """The configuration of a model of `BLOCKS`, for `HopeForCausalLM` too.
 
@@ -71,14 +59,15 @@ def configure(name: str, vocabulary: int, size: Size, options: Mapping[str, Any]
         options: fields of `HopeConfig` that override it. ``intermediate_size`` given here is not matched to Hope's
             parameters.
 
-    Raises `UserError` for an unknown name or option, a missing block type or what `HopeConfig` refuses.
+    Raises `UserError` for an unknown name or option, or what `HopeConfig` refuses.
 
     >>> configure("hope", 4, Size(dim=16), {"chunk_size": 1}).chunk_size
     1
     """
-    reason = missing(name)
-    if reason is not None or name not in BLOCKS:
-        raise UserError(f"model '{name}' has no configuration: {reason or 'it is made by build'}")
+    if name in RECURRENT:
+        raise UserError(f"model '{name}' has no configuration: it is made by build")
+    if name not in BLOCKS:
+        raise UserError(f"unknown model '{name}'; {nearest(name, MODELS)}")
     given = OPTIONS.get(name, {}) | dict(options or {})
     known = (*option_names("hope"), *RESERVED)
     for option in given:  # transformers would keep one that is mistyped and say nothing
@@ -138,7 +127,7 @@ def build(name: str, vocabulary: int, outputs: int, size: Size, options: Mapping
         size: the shared shape; the LSTM keeps the layers and gets the width of equal parameters.
         options: fields of `HopeConfig` that override it.
 
-    Raises `UserError` for an unknown name, a missing block type, or options of a model that has no configuration.
+    Raises `UserError` for an unknown name, or options of a model that has no configuration.
 
     >>> build("lstm", 4, 5, Size(dim=16))(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 5])

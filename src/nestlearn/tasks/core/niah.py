@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from nestlearn.errors import UserError
 from nestlearn.models.hope import HopeForCausalLM
 from nestlearn.tasks.core.mad import GREY, schedule
-from nestlearn.tasks.core.models import Size, language_model, missing
+from nestlearn.tasks.core.models import Size, language_model
 from nestlearn.tasks.core.needles import (
     END,
     TASKS,
@@ -107,7 +107,7 @@ def plan(scale: str, data: str | None) -> Plan:
     for name, (model, options) in ROWS.items():
         lengths = list(usual if model in GROWING else usual + further)
         arguments = {"model": model, "lengths": lengths, "options": options}
-        rows.append(Row(SETTING, name, arguments, missing(model) or missing_text(data)))
+        rows.append(Row(SETTING, name, arguments, missing_text(data)))
     shared = RECIPES[scale] if data is not None else {**RECIPES[scale], "data": None}  # which text it is, is no place
     return Plan("niah", train_one, shared, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
