@@ -1,7 +1,5 @@
 """Blocks of tokens."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -26,8 +24,6 @@ def test_blocks_are_the_joined_documents(documents, length):
     packed = pack(documents, BYTES, length)
     assert len(packed) == len(stream) // length
     assert torch.cat([block["input_ids"] for block in packed]).tolist() == stream[: len(packed) * length]
-    assert packed.tokens == len(stream)
-    assert packed.bytes == sum(len(document.encode()) for document in documents)
 
 
 def test_block_is_what_a_data_loader_takes():
@@ -38,12 +34,6 @@ def test_block_is_what_a_data_loader_takes():
     assert torch.equal(batch["input_ids"], batch["labels"])
     batch["labels"][0] = -100
     assert packed[0]["input_ids"].tolist() == [97, 98, 99]
-
-
-def test_bits_per_byte_of_a_uniform_guess():
-    packed = pack(["x" * 100], BYTES, 10)
-    assert packed.bits_per_byte(math.log(256)) == pytest.approx(8)
-    assert pack(["é" * 50], BYTES, 10).bits_per_byte(math.log(256)) == pytest.approx(8)
 
 
 def test_error_names_the_text():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,15 +16,11 @@ from nestlearn.errors import UserError
 class PackedTokens(Dataset):
     """Token blocks without padding: ``[i]`` is ``{"input_ids": (T,), "labels": (T,)}``, both the same tokens.
 
-    The model shifts the labels. ``tokens`` and ``bytes`` count the whole split (UTF-8 bytes of its text, the
-    separators stand for none); the last ``tokens % T`` tokens are in no block.
+    The model shifts the labels. The last tokens of a split, fewer than T, are in no block.
     """
 
-    def __init__(self, ids: np.ndarray, sequence_length: int, tokens: int, bytes: int) -> None:
+    def __init__(self, ids: np.ndarray) -> None:
         self.ids = ids  # (blocks, T), uint16 or int32
-        self.sequence_length = sequence_length
-        self.tokens = tokens
-        self.bytes = bytes
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -33,10 +28,6 @@ class PackedTokens(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         block = torch.from_numpy(self.ids[index].astype(np.int64))
         return {"input_ids": block, "labels": block.clone()}
-
-    def bits_per_byte(self, nats_per_token: float) -> float:
-        """A mean loss in nats per token as bits per UTF-8 byte of this text."""
-        return nats_per_token * self.tokens / self.bytes / math.log(2)
 
 
 def pack(
@@ -53,10 +44,7 @@ def pack(
     """
     small = len(tokenizer) <= 1 << 16
     parts = [np.empty(0, np.uint16 if small else np.int32)]
-    size = 0
-    for unit in token_units(documents, tokenizer):
-        parts.append(unit.ids.astype(parts[0].dtype))
-        size += unit.bytes
+    parts += [unit.ids.astype(parts[0].dtype) for unit in token_units(documents, tokenizer)]
     ids = np.concatenate(parts)
     blocks = len(ids) // sequence_length
     if blocks == 0:
@@ -64,6 +52,4 @@ def pack(
             f"the {name} text has {len(ids)} tokens and one sequence needs {sequence_length}: "
             "give more text or a smaller sequence_length"
         )
-    return PackedTokens(
-        ids[: blocks * sequence_length].reshape(blocks, sequence_length), sequence_length, len(ids), size
-    )
+    return PackedTokens(ids[: blocks * sequence_length].reshape(blocks, sequence_length))

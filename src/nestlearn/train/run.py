@@ -309,7 +309,7 @@ def _train_phase(phase: Phase, data: Data) -> None:
 
 def _spread(blocks: PackedTokens, tokens: int) -> Subset:
     """About ``tokens`` tokens of the blocks, taken at even distances."""
-    count = min(len(blocks), max(1, tokens // blocks.sequence_length))
+    count = min(len(blocks), max(1, tokens // blocks.ids.shape[1]))
     return Subset(blocks, [i * len(blocks) // count for i in range(count)])
 
 
