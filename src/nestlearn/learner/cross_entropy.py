@@ -1,8 +1,8 @@
 """Cross entropy whose gradient takes the place of the logits, for a text that is learned as it is read.
 
 The logits of a window are the largest tensor of a step: 512 tokens of 49,152 words are 100 MB. PyTorch's own cross
-entropy makes two more of that size, their logarithms of probability and the gradient, and on a CPU takes six times as
-long. Here a piece that fits the processor's cache becomes its gradient at once.
+entropy makes two more of that size, their logarithms of probability and the gradient, and on a CPU it takes up to six
+times as long. Here a piece that fits the processor's cache becomes its gradient at once.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ class _CrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 share.scatter_add_(-1, answers, torch.full_like(loss, -1))
                 part.copy_(share.masked_fill_(nothing, 0))
-        ctx.gradient = gradient
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return (ctx.gradient if bool((above == 1).all()) else ctx.gradient * above[:, None]), None
+        (gradient,) = ctx.saved_tensors
+        return (gradient if bool((above == 1).all()) else gradient * above[:, None]), None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
