@@ -40,7 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 PRINT: dict[str, dict[str, Any]] = {
     "retention toward zero": {"retention": "zero"},
-    "writes in full": {"write_scale": None},
+    "writes in full": {"write_scale": None},  # and the momentum is a sum
     "values as they are": {"normalize_v": False},
     "values not clipped": {"clip_values": False},
     "steps not bounded": {"bounded": False, "eta_max": 1.0},
