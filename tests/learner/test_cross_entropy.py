@@ -1,3 +1,5 @@
+"""The loss of a learner, whose gradient takes the place of the logits, against PyTorch's."""
+
 import pytest
 import torch
 import torch.nn.functional as F

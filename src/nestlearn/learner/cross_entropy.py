@@ -21,23 +21,23 @@ PIECE = 2**20  # logits that are worked on at a time
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        values, wanted = logits.detach(), ctx.needs_input_grad[0]
         rows = max(1, PIECE // logits.shape[-1])
-        gradient = logits.detach() if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(targets), dtype=logits.dtype, device=logits.device)
         shares = torch.empty_like(logits[:rows])
         for start in range(0, len(targets), rows):
-            part, answers = logits.detach()[start : start + rows], targets[start : start + rows, None]
+            part, answers = values[start : start + rows], targets[start : start + rows, None]
             nothing, answers = answers == NOTHING, answers.clamp(min=0)
             share = torch.softmax(part, -1, out=shares[: len(part)])
             # The largest share is never rounded to zero, that of the answer may be.
             largest = part.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log()
             loss = (largest - part.gather(-1, answers)).masked_fill(nothing, 0)
             losses[start : start + rows] = loss[:, 0]
-            if gradient is not None:
+            if wanted:
                 share.scatter_add_(-1, answers, torch.full_like(loss, -1))
                 part.copy_(share.masked_fill_(nothing, 0))
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+        if wanted:
+            ctx.save_for_backward(values)
         return losses
 
     @staticmethod

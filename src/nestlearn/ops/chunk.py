@@ -93,7 +93,7 @@ def self_modify(
         state = _begin(kernel, learned, rule, batch)
     else:
         _check_state(state, kernel, learned, batch)
-    if name == "triton" and not transformed():
+    if name == "triton":
         from nestlearn.ops.triton.sequence import by_kernels  # here, as Triton is not installed everywhere
 
         return by_kernels(inputs, kernel, learned, state, lengths, by_chunks)
@@ -134,7 +134,7 @@ def by_chunks(
     split = [value.contiguous().split(sizes, dim=2) for value in distinct]
     advance: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]] = partial(step, kernel)
     if transformed():
-        pass
+        pass  # by autograd alone
     elif isinstance(kernel, LinearKernel) and LinearSegments.covers(kernel):
         advance = LinearSegments(kernel, source)
     elif isinstance(kernel, MLPKernel) and MLPSegments.covers(kernel):

@@ -168,6 +168,17 @@ def test_what_is_not_supported_is_named(
         self_modify(inputs, start, rule)
 
 
+def test_torch_func_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NESTLEARN_OPS", "triton")
+    start, inputs = make(2, 4, torch.float32), make_inputs(1, 2, 3, 4, torch.float32)
+
+    def loss(q: torch.Tensor) -> torch.Tensor:
+        return self_modify({**inputs, "q": q}, start, WriteRule(chunk_size=16))[0].sum()
+
+    with pytest.raises(UserError, match=r"a transform of torch\.func .* or take NESTLEARN_OPS=torch"):
+        torch.func.grad(loss)(inputs["q"])
+
+
 def test_nothing_but_the_variable_chooses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NESTLEARN_OPS", raising=False)
     assert backend() == "torch"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nestlearn.ops.rule import MEMORY, Start, WriteRule
+from nestlearn.ops.rule import MEMORY, Start, WriteRule, transformed
 
 MEMORIES = ("eta", "alpha", "k", "v", MEMORY)
 """The memories of the kernels, in packing order; the query is given."""
@@ -51,6 +51,8 @@ def unsupported(inputs: Mapping[str, Tensor], start: Start, rule: WriteRule) -> 
     >>> unsupported({}, start, WriteRule(objective="l2"))
     "objective='l2' is not supported for linear memories, only objective='dot'"
     """
+    if transformed():
+        return "a transform of torch.func (grad, vmap, jvp) is not supported"
     kind = "linear" if len(start.weights[MEMORY]) == 1 else "mlp"
     if rule.objective != OBJECTIVES[kind]:
         known = f"only objective={OBJECTIVES[kind]!r}"
