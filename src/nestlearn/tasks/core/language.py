@@ -62,7 +62,7 @@ TINY = {"dim": 16, "layers": 1, "heads": 2, "intermediate": 24}
 LARGE = {"dim": 512, "layers": 8, "heads": 8, "intermediate": 1536}
 RECIPES: dict[str, dict[str, Any]] = {
     "smoke": dict(size=TINY, tokens=1024, step=256, contexts=[128, 256], spans=1, scored=512, examples=2),
-    "cpu": dict(size=SIZE, tokens=600_000, step=2048, contexts=CONTEXTS, spans=2, scored=65_536, examples=50),
+    "cpu": dict(size=SIZE, tokens=2_400_000, step=1024, contexts=CONTEXTS, spans=2, scored=65_536, examples=50),
     "gpu": dict(size=LARGE, tokens=12_000_000, step=16_384, contexts=CONTEXTS, spans=16, scored=500_000, examples=None),
 }
 # Of each setting: the tokenizer, and tokens of a training sequence. Both read as many bytes or so in a sequence.
@@ -74,7 +74,7 @@ TEXTS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {WORDS: {"tokenizer": "bpe:4096", "length": 512}, BYTES: {"tokenizer": "bytes", "length": 1024}},
     "gpu": {WORDS: {"tokenizer": "bpe:8192", "length": 1024}, BYTES: {"tokenizer": "bytes", "length": 4096}},
 }
-RATES = {"smoke": (2e-3,), "cpu": (2e-3, 4e-3, 8e-3), "gpu": (5e-4, 1e-3, 2e-3)}
+RATES = {"smoke": (2e-3,), "cpu": (2e-3, 4e-3), "gpu": (5e-4, 1e-3, 2e-3)}
 SEEDS = {"smoke": (0,), "cpu": (0, 1), "gpu": (0, 1, 2)}
 CRITERION = ("validation_loss",)
 SPAN = {"smoke": 128, "cpu": 1024, "gpu": 1024}
