@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,7 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (["bench", "optim", "--scale", "gpu"], "unknown scale 'gpu'; did you mean 'cpu'? (allowed: cpu, smoke)"),
         (["bench", "optim", "--workers", "0"], "--workers is the number of processes, 1 or more, got 0"),
         (["bench", "optim", "--only", "vision", "--data", "absent"], "absent"),
+        (["bench", "optim", "--scale", "smoke", "--out", __file__], "test_cli.py is a file: give a folder with --out"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(
@@ -194,6 +196,12 @@ def test_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"line 1")))
     code, piped, _ = run(capsys, monkeypatch, *words[:2], "--prompt", "-", *words[4:])
     assert piped == out
+
+
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = run(capsys, monkeypatch, "--version")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"nestlearn \d+\.\d+\.\d+\n", out)
 
 
 def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:

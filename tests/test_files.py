@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nestlearn.files import write_atomic, write_json
+from nestlearn.errors import UserError
+from nestlearn.files import alone, write_atomic, write_json
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
@@ -32,3 +33,14 @@ def test_files_are_as_readable_as_the_umask_allows(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_lock_is_free_again_when_its_holder_is_gone(tmp_path):
+    lock = tmp_path / "new" / ".lock"
+    for _ in range(2):
+        with alone(lock, "wait"), pytest.raises(UserError, match="wait"), alone(lock, "wait"):
+            pass
+        assert not lock.exists()
+    with pytest.raises(KeyboardInterrupt), alone(lock, "wait"):
+        raise KeyboardInterrupt
+    assert not lock.exists()

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,8 +31,16 @@ app = typer.Typer(
 app.add_typer(memory, name="memory")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"nestlearn {version('nestlearn')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """Train and use language models after Nested Learning."""
 
 
@@ -194,6 +203,8 @@ def _run_suite(
         raise UserError(f"unknown suite '{suite}'; {nearest(suite, suites)}")
     names = [] if only is None else [name.strip() for name in only.split(",")]
     folder = data or os.environ.get("NESTLEARN_DATA") or None
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give a folder with --out")
     usual = Path("runs") / "-".join([command, suite, *([] if scale == "cpu" else [scale])])
     try:
         return import_module(suites[suite]).run(names, scale, folder, out or usual, workers)

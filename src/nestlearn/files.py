@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,3 +79,40 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def alone(path: Path, busy: str) -> Iterator[None]:
+    """The only process inside for the lock file ``path``, which is gone afterwards. The kernel drops the lock when its
+    holder dies, however it dies. Raises `UserError` with the message ``busy`` if another process is inside.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with alone(folder / ".lock", "wait"):
+    ...     with alone(folder / ".lock", "wait"):
+    ...         pass
+    Traceback (most recent call last):
+    nestlearn.errors.UserError: wait
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        except BlockingIOError:
+            raise UserError(busy) from None
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at ``path``; its last holder may have removed it in the meantime."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

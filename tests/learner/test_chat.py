@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from nestlearn.convert import ContinualModel
+from nestlearn.errors import UserError
 from nestlearn.learner import ContinualLearner
 from nestlearn.learner.chat import Chat
 
@@ -112,3 +113,16 @@ def test_an_exchange_is_kept_at_once_and_what_was_forgotten_does_not_come_back(
     for what, clock in (("/forget", begun), ("/forget all", 0)):
         later.take(what)
         assert ContinualLearner(model, tokenizer, tmp_path).state.clock == learner.state.clock == clock
+
+
+def test_an_answer_gets_the_room_that_is_left_and_a_message_that_leaves_none_is_refused(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    learner = ContinualLearner(model, tokenizer)
+    chat = Chat(learner, max_new_tokens=10_000, temperature=0)
+    prompt = len("\nUser: hello\nAssistant: ")
+    answer, room = chat._prompt([{"role": "user", "content": "hello"}])
+    assert (len(answer), room) == (prompt, 256 - prompt)
+    with pytest.raises(UserError, match=r"this message takes 319 tokens, the model sees 256: give /read a file of it"):
+        chat.take("x" * 300)
+    assert (learner.state.read, chat.messages) == (0, [])

@@ -47,9 +47,11 @@ def run(
     """Exit code, stdout and stderr of ``nestlearn WORDS`` with some standard input."""
     monkeypatch.chdir(place)
 
-    def call(*given: str, stdin: str = "") -> tuple[int, str, str]:
+    def call(*given: str, stdin: str | bytes | None = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["nestlearn", *given])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        raw = stdin.encode() if isinstance(stdin, str) else stdin
+        text = None if raw is None else io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", text)
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert isinstance(stop.value.code, int)
@@ -274,3 +276,52 @@ def test_a_chat_learns_saves_and_goes_back(run: Run, place: Path) -> None:
     code, out, _ = run("chat", "model", "--store", "memory", stdin="/forget all\n")
     assert out.startswith("back at the pretrained weights")
     assert Store(place / "memory").load()[0] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "message"),
+    [
+        (["chat"], None, "a chat reads standard input, which is closed"),
+        (["chat"], b"good\nbad \xff bytes\n", "standard input is not UTF-8 text: convert it; all before is kept"),
+        (["learn", "-"], b"hello\0wo", "standard input is binary (it has a zero byte): pipe UTF-8 text in"),
+        (["learn", "-"], b"", "standard input is empty: pipe the text in"),
+        (["learn", "-", "--dry-run"], b"", "standard input is empty: pipe the text in"),
+        (["learn", "/dev/null"], b"", "/dev/null is no regular file: give - and pipe its text in"),
+        (["learn", "a.txt", "--name", "main"], b"", "'main' always means the branch of that name: choose another name"),
+        (["learn", "a.txt", "--probe", "a.txt", "--limit", "0.5"], b"", "give 1 or more, such as 1.1 for 10 % more"),
+    ],
+)
+def test_what_cannot_be_read_or_kept_is_one_line(run: Run, words: list[str], stdin: bytes | None, message: str) -> None:
+    command, *given = words
+    code, _, err = run(command, "model", "--store", "memory", *given, stdin=stdin)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+def test_a_name_that_would_hide_what_is_learned_is_refused_in_a_chat(run: Run) -> None:
+    code, out, _ = run("chat", "model", "--store", "memory", stdin="/save main\n/read a.txt\n")
+    assert code == 0
+    assert "error: 'main' always means the branch of that name" in out
+    assert "branch main" in run("memory", "log", "memory")[1]
+    run("memory", "drop", "memory", "main")
+    assert run("memory", "log", "memory")[1] == "memory holds no snapshot yet\n"
+    run("learn", "model", "--store", "memory", "a.txt", "--name", "again")
+    run("memory", "drop", "memory", "main")
+    expected = "branch main of memory holds no snapshot; give one of these as REF: again\n"
+    assert run("memory", "log", "memory")[1] == expected
+
+
+def test_a_converted_model_is_not_converted_again_and_its_levels_are_shown(run: Run) -> None:
+    assert run("convert", "model", "--out", "new")[2] == "error: model is converted already: give its base model\n"
+    assert "learned weights, level 0" in run("levels", "model")[1]
+
+
+def test_periods_without_a_common_window_are_said(run: Run) -> None:
+    out = run("convert", "base", "--out", "new", "--periods", "16,40,56", "--layers", "all")[1]
+    assert "it reads 8 tokens at a time, the most that divides every period" in out
+    run("convert", "base", "--out", "odd", "--periods", "15,16,32", "--layers", "all")
+    code, _, err = run("learn", "odd", "--store", "memory", "a.txt")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "make windows of 1 token, which with nothing before it has none to predict" in err
+    run("convert", "base", "--out", "huge", "--periods", f"16,32,{10**22}", "--layers", "all")
+    assert run("learn", "huge", "--store", "memory", "a.txt")[0] == 0

@@ -10,8 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import nestlearn
+from nestlearn.convert import LevelsConfig, convert
+from nestlearn.convert.config import PERIODS
 from nestlearn.errors import UserError
 from nestlearn.levels import FROZEN, NON_PARAMETRIC, Box, Description, UpdateFrequency, describe
 from nestlearn.levels.describe.grouping import group
@@ -396,3 +399,14 @@ def test_groups_hold_every_path_once(paths: list[str]) -> None:
     for name, found in groups:
         if len(found) == 1:
             assert name == found[0]
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "split"])
+def test_a_converted_model_has_its_levels(kind: str) -> None:
+    small = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2)
+    model = convert(LlamaForCausalLM(small), LevelsConfig(kind=kind, layers="all"))
+    found = describe(model)
+    learned = [box for box in found.system.boxes if "learned weights" in box.name]
+    assert sorted({str(box.frequency) for box in learned}) == sorted(f"1/{period} per token" for period in PERIODS)
+    assert sum(box.state for box in learned) == sum(level.parameters for level in model.levels)
+    assert {box.objective for box in learned} == {"next-token loss of the model"}

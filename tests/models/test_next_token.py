@@ -224,3 +224,32 @@ def test_a_fresh_model_starts_its_levels_as_the_layer_does() -> None:
             assert level.value.count_nonzero() == 0
             assert level.log_rate == 0
             assert 0.2 < level.up.weight.std() < 0.4  # initializer_range
+
+
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+def test_it_learns_under_autocast_where_no_outer_gradient_is_taken(memory: str) -> None:
+    model = make(memory_type=memory, block_types=["hope-attention", "hope"]).float()
+    x = ids(2, 12)
+    with torch.no_grad():
+        exact = model(x).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(x).logits
+            model.generate(x, max_new_tokens=6, do_sample=False)
+    assert (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_no_tokens_and_inference_mode() -> None:
+    model = make()
+    assert model(ids(2, 0)).logits.shape == (2, 0, VOCABULARY)
+    with torch.inference_mode(), pytest.raises(UserError, match="use no_grad in place of inference_mode"):
+        model(ids(1, 12))
+
+
+@pytest.mark.parametrize("online", ["local", "next-token"])
+def test_an_adapter_that_a_learning_level_would_leave_out_is_refused(online: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = make(online).float()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up"]))
+    with pytest.raises(UserError, match="a level that learns along the sequence writes to plain linear layers"):
+        adapted(ids(1, 12))
+    peft.get_peft_model(make(None).float(), peft.LoraConfig(target_modules=["up"]))(ids(1, 12))

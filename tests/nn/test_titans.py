@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.func import functional_call, grad, jvp, vmap
 
 from nestlearn.errors import UserError
+from nestlearn.nn import CausalAttention, ContinuumMemory
 from nestlearn.nn.titans import SelfReferentialTitans
 
 SWITCHES = [
@@ -230,3 +233,34 @@ def test_torch_func_takes_gradients_of_each_sequence_and_derivatives_along_a_dir
     _, slope = jvp(lambda parameters: loss(parameters, x[-1]), (at,), (along,))
     expected = sum((p.grad * along[name]).sum() for name, p in titans.named_parameters())
     assert slope.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["linear", "mlp"])
+def test_no_rows_and_a_backward_pass_inside_autocast(memory: str) -> None:
+    layer = SelfReferentialTitans(16, heads=2, chunk_size=4, memory=memory)
+    empty = torch.zeros(0, 5, 16, requires_grad=True)
+    layer(empty)[0].sum().backward()
+    assert empty.grad.shape == empty.shape
+    x = torch.randn(2, 9, 16)
+    outside, inside = copy.deepcopy(layer), copy.deepcopy(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = outside(x)[0].float().square().sum()
+    loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside(x)[0].float().square().sum().backward()
+    for name, p in inside.start.named_parameters():  # what the core alone has made
+        torch.testing.assert_close(p.grad, outside.start.get_parameter(name).grad, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("lengths", [[6, 1], [-1, 0], [1], [1.0, 2.0]])
+@pytest.mark.parametrize("conv_size", [1, 4])
+def test_lengths_that_do_not_fit_are_refused(lengths: list, conv_size: int) -> None:
+    x = torch.randn(2, 5, 16)
+    given = torch.tensor(lengths)
+    layers = [SelfReferentialTitans(16, 2, 4, conv_size=conv_size), CausalAttention(16, 2), ContinuumMemory(16, [4])]
+    for layer in layers:
+        with pytest.raises(UserError, match="give one whole number from 0 to 5 for each of 2 rows"):
+            layer(x, None, given)
+    for layer in layers[:2]:
+        with pytest.raises(UserError, match="the state is a str: give what an earlier call returned"):
+            layer(x, "state")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nestlearn.errors import UserError
 from nestlearn.memory import LinearMemory, MLPMemory
+from nestlearn.nn import SelfReferentialTitans
 from nestlearn.ops import MEMORY, PROJECTIONS, CoreState, Start, WriteRule, kernel_for, reference, self_modify
 
 GATES = ("eta", "alpha")
@@ -301,3 +302,19 @@ def test_second_derivatives_are_those_of_finite_differences(structure: str, name
 
     tensors = [inputs["k"], *(w for n in start.names for w in start.weights[n])]
     assert torch.autograd.gradgradcheck(run, [t.detach().requires_grad_() for t in tensors], fast_mode=True)
+
+
+def test_gates_have_no_residual_where_a_head_has_one_channel() -> None:
+    torch.manual_seed(0)
+    layer = SelfReferentialTitans(4, heads=4, chunk_size=2, memory="mlp").double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p += 0.3 * torch.randn_like(p)
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    fast = layer(x)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NESTLEARN_OPS", "reference")
+        slow = layer(x)[0]
+    assert (fast - slow).abs().max() < 1e-12
+    assert not layer.memories["eta"].residual
+    assert layer.memories["k"].residual

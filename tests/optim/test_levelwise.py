@@ -364,3 +364,16 @@ def test_dgd_at_the_frequency_of_a_level_erases_along_the_last_inputs() -> None:
     w, x = start.clone().requires_grad_(), xs[-1]
     (gradient,) = torch.autograd.grad(((x @ w.mT) ** 3).mean(), w)
     torch.testing.assert_close(model[0].weight.detach(), start - 0.1 * (gradient + start @ x.mT @ x / 8))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])  # noqa: S301
+def test_a_copy_steps_itself_where_a_scheduler_has_wrapped_step(how: Any) -> None:
+    model, xs = make(), batches(6)
+    optimizer = LevelwiseOptimizer(INNER["m3"](model), periods_of(model, PERIODS))
+    torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    run(model, optimizer, xs[:3])
+    before = [p.detach().clone() for p in model.parameters()]
+    twin, copied = how((model, optimizer))
+    run(twin, copied, xs[3:])
+    assert (optimizer.steps, copied.steps) == (3, 6)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

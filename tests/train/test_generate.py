@@ -133,6 +133,7 @@ def test_the_end_of_the_document_ends_it(llama):
 def test_an_empty_prompt_begins_a_document(llama, monkeypatch):
     given = {}
     stub = SimpleNamespace(device=llama.device, generation_config=None, generate=lambda **inputs: given.update(inputs))
+    stub.named_modules = llama.named_modules
     generate_text(stub, BYTES, "")
     assert given["input_ids"].tolist() == [[256]]
 

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nestlearn.errors import UserError
+from nestlearn.files import alone
 from nestlearn.train.callbacks import read_metrics
 from nestlearn.train.curves import plot_curves
-from nestlearn.train.recipe import Recipe, load_recipe
-from nestlearn.train.run import train
+from nestlearn.train.recipe import Recipe, dump, load_recipe
+from nestlearn.train.run import LOCK, resolve, train
 from nestlearn.train.trainer import LanguageModelTrainer, training_arguments
 
 
@@ -129,6 +130,15 @@ def test_existing_folder_is_never_overwritten(recipe: Recipe, tmp_path: Path) ->
     with pytest.raises(UserError, match="is a file"):
         train(recipe, tmp_path / "file")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+def test_one_process_trains_in_a_folder(recipe: Recipe, tmp_path: Path) -> None:
+    with alone(tmp_path / "run" / LOCK, ""):
+        for resume in (False, True):
+            with pytest.raises(UserError, match=r"another process trains in .*: wait for it, or give another folder"):
+                train(recipe, tmp_path / "run", resume)
+            (tmp_path / "run" / "run.toml").write_text(dump(resolve(recipe)))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.toml"]
 
 
 @pytest.mark.parametrize(

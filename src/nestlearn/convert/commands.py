@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -147,6 +148,9 @@ def convert(
         print(json.dumps({"model": model, "folder": str(out), "config": config.to_dict(), "levels": rows}))
     else:
         _print(rows, out)
+        whole = math.gcd(*chunks)
+        if whole < min(chunks):
+            print(f"it reads {whole:,} tokens at a time, the most that divides every period")
 
 
 def _each(option: str, text: str, levels: int) -> list[float]:

@@ -122,6 +122,8 @@ def load_base(name: str | Path, dtype: str = "auto") -> PreTrainedModel:
     folder = model_folder(name)
     if not folder.is_dir():
         raise UserError(f"no model folder {str(name)!r}: give a folder of save_pretrained, or a name `pull` knows")
+    if (folder / LEVELS).is_file():
+        raise UserError(f"{folder} is converted already: give its base model")
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"the base model has the data type {dtype!r}, which torch does not know: {REMEDY}")
     try:

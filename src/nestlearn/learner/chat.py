@@ -66,7 +66,12 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Until /quit or the end of the input; what was learned is saved then."""
+        """Until /quit or the end of the input; what was learned is saved then.
+
+        Raises `UserError` if standard input is closed or no UTF-8.
+        """
+        if sys.stdin is None:
+            raise UserError("a chat reads standard input, which is closed: run it in a terminal, or pipe lines in")
         human = sys.stdin.isatty() and not self.as_json
         if human:
             print("It learns from what you say; /help lists the commands.")
@@ -75,8 +80,10 @@ class Chat:
                 line = input("> " if human else "").strip()
             except EOFError:
                 break
+            except UnicodeDecodeError:
+                raise UserError("standard input is not UTF-8 text: convert it; all before is kept") from None
             except KeyboardInterrupt:
-                print("\n/quit or Ctrl-D leaves")
+                self._print("\n/quit or Ctrl-D leaves", help="/quit or Ctrl-D leaves")
                 continue
             if line == "/quit":
                 break
@@ -152,7 +159,7 @@ class Chat:
         self._print(f"back at {place}", back=place)
 
     def _answer(self, messages: list[Message]) -> str:
-        prompt = self._prompt(messages)
+        prompt, room = self._prompt(messages)
         pieces: list[str] = []
         shown = 0
 
@@ -169,7 +176,7 @@ class Chat:
         with suppress(_Enough, KeyboardInterrupt):
             self.learner.generate(
                 prompt,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=room,
                 temperature=self.temperature,
                 top_p=self.top_p,
                 seed=self.seed,
@@ -177,14 +184,23 @@ class Chat:
             )
         return "".join(pieces).partition(USER)[0]
 
-    def _prompt(self, messages: list[Message]) -> str:
-        """The conversation as far as it fits; what does not has been learned."""
+    def _prompt(self, messages: list[Message]) -> tuple[str, int]:
+        """The conversation as far as it fits, and the most tokens of an answer; what does not fit has been learned.
+
+        Raises `UserError` if the last message alone leaves no room.
+        """
         size = getattr(self.learner.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         while True:
             prompt = self._render(messages, answer=True)
-            if len(messages) == 1 or len(self.learner.tokenizer(prompt)["input_ids"]) + self.max_new_tokens <= size:
-                return prompt
+            tokens = len(self.learner.tokenizer(prompt, verbose=False)["input_ids"])
+            if tokens + self.max_new_tokens <= size:
+                return prompt, self.max_new_tokens
+            if len(messages) == 1:
+                break
             messages = messages[2:]
+        if tokens >= size:
+            raise UserError(f"this message takes {tokens:,} tokens, the model sees {size:,}: give /read a file of it")
+        return prompt, size - tokens
 
     def _render(self, messages: list[Message], answer: bool = False) -> str:
         """Messages as text; with ``answer`` up to where the model's answer begins."""

@@ -68,6 +68,8 @@ def learn(
         for path in texts.values():
             if path is not None and path.is_dir():
                 raise UserError(f"{path} is a folder: give its files, as in {path / '*.txt'}")
+            if path is not None and path.exists() and not path.is_file():
+                raise UserError(f"{path} is no regular file: give - and pipe its text in")
             if path is not None and not path.is_file():
                 raise UserError(f"no file {str(path)!r}: give a text, .jsonl or .parquet file")
         kept = "nothing was read, the store is as it was"
@@ -79,7 +81,8 @@ def learn(
             if dry_run:
                 learner, kept = learner.fork(), "nothing was kept"  # a fork has no store
             else:
-                kept = f"all before is saved in {store}, the same command goes on from there"
+                command = "without --again the same command" if again else "the same command"
+                kept = f"all before is saved in {store}, {command} goes on from there"
             for source, path in texts.items():
 
                 def text(path: Path | None = path) -> Iterator[Iterator[str]]:
@@ -230,16 +233,22 @@ def _spooled(files: list[str], dry_run: bool) -> Iterator[dict[str, Path | None]
 
 
 def _stdin() -> Iterator[str]:
-    """Standard input in pieces. Raises `UserError` if it is no UTF-8 text."""
+    """Standard input in pieces. Raises `UserError` if it is empty or no UTF-8 text."""
     import codecs
 
     if sys.stdin is None:
         raise UserError("- reads standard input, which is closed: pipe the text in")
     decoder = codecs.getincrementaldecoder("utf-8")()
+    empty = True
     try:
         while raw := sys.stdin.buffer.read(1 << 14):
+            if b"\0" in raw:
+                raise UserError("standard input is binary (it has a zero byte): pipe UTF-8 text in")
+            empty = False
             yield decoder.decode(raw)
         yield decoder.decode(b"", final=True)
+        if empty:
+            raise UserError("standard input is empty: pipe the text in")
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text: convert it") from None
     except OSError as error:

@@ -81,7 +81,7 @@ class RetentionProbe:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise UserError("the text of the retention probe is empty: give text that the model must not forget")
-        if not 0 < self.limit < math.inf:
-            raise UserError(f"limit={self.limit} of the retention probe: give a factor such as 1.1, for 10 % more")
+        if not 1 <= self.limit < math.inf:
+            raise UserError(f"limit={self.limit} of the retention probe: give 1 or more, such as 1.1 for 10 % more")
         if self.every < 1:
             raise UserError(f"every={self.every} of the retention probe: give 1 token or more")

@@ -57,11 +57,16 @@ class Reading:
             raise UserError(f"context={context}: it must be 0 or more and leave room for a window in {longest} tokens")
         whole = math.gcd(*periods)
         if window is None:
-            window = max(size for size in range(1, whole + 1) if whole % size == 0 and size <= room)
+            window = whole if whole <= room else max(size for size in range(1, int(room) + 1) if whole % size == 0)
         if window < 1 or whole % window:
             raise UserError(f"window={window}: the periods of the levels, {periods}, must be whole numbers of windows")
         if window > room:
             raise UserError(f"window={window} and context={context} do not fit into the model's {longest} tokens")
+        if window + context + len(start) < 2:
+            raise UserError(
+                f"periods {periods} make windows of {window} token, which with nothing before it has none to predict: "
+                "give multiples of 2 tokens or more, or a context"
+            )
         reading = cls(window, context, start, deviations)
         if not deviations > 0:
             raise UserError(f"max_surprise={deviations}: give standard deviations above 0; infinity refuses nothing")

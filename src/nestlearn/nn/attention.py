@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.errors import UserError
+from nestlearn.nn.lengths import check_lengths
 
 
 @dataclass
@@ -84,8 +85,14 @@ class CausalAttention(nn.Module):
 
         Returns:
             The output and the state that continues the sequence in the next call.
+
+        Raises:
+            UserError: a state of another layer, or ``lengths`` that are not one number from 0 to T per row.
         """
         B, T, D = x_BTD.shape
+        check_lengths(lengths, B, T)
+        if state is not None and not isinstance(state, AttentionState):
+            raise UserError(f"the state is a {type(state).__name__}: give what an earlier call returned, or None")
 
         def split(y_BTD: Tensor) -> Tensor:
             return y_BTD.view(B, T, self.heads, D // self.heads).transpose(1, 2)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.errors import UserError
+from nestlearn.nn.lengths import check_lengths
 
 
 class CausalConv(nn.Module):
@@ -65,8 +66,12 @@ class CausalConv(nn.Module):
 
         Returns:
             The output, and the last K-1 valid inputs of each row, which continue the sequence next time.
+
+        Raises:
+            UserError: ``lengths`` that are not one number from 0 to T per row.
         """
         B, T, D = x_BTD.shape
+        check_lengths(lengths, B, T)
         past = self.kernel - 1
         before = x_BTD.new_zeros(B, past, D) if state is None else state.to(x_BTD.dtype)
         window = torch.cat([before, x_BTD], dim=1)

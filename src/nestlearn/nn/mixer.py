@@ -100,6 +100,8 @@ class MemoryMixer(nn.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise UserError(f"the input has shape {tuple(x.shape)}: it must be (batch, tokens, {self.dim})")
+        if state is not None and not isinstance(state, MemoryState):
+            raise UserError(f"the state is a {type(state).__name__}: give what an earlier call returned, or None")
         if state is not None and state.conv.shape[0] != x.shape[0]:
             raise UserError(f"the state holds {state.conv.shape[0]} sequences, the input {x.shape[0]}: they must agree")
         u, conv_state = self.conv(x, None if state is None else state.conv, lengths)

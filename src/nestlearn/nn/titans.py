@@ -140,11 +140,11 @@ class SelfReferentialTitans(MemoryMixer):
         self.accumulators = accumulators
         self.adaptive, self.reads = adaptive, reads
         self.retained, self.initial_write_scale = retained, write_scale
-        d = self.width
+        d, hidden = self.width, self.width if memory_hidden is None else memory_hidden
         self.memories = {
             name: LinearMemory(d, 1 if name in GATES else d)
             if memory == "linear"
-            else MLPMemory(d, 1 if name in GATES else d, d if memory_hidden is None else memory_hidden)
+            else MLPMemory(d, 1 if name in GATES else d, hidden, skip=name not in GATES)
             for name in (*self.adaptive, MEMORY)
         }
         self.start = nn.ModuleDict({name: nn.ParameterList(m.init((heads,))) for name, m in self.memories.items()})

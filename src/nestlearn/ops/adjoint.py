@@ -10,14 +10,27 @@ loss by x.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nestlearn.ops.rule import Start, WriteRule, stretched
+
+
+def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass of a node whose forward pass ran without autocast, also where a gradient is taken inside it."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *d_outputs: Tensor | None) -> Any:
+        device = next(d for d in d_outputs if d is not None).device.type
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *d_outputs)
+
+    return run
 
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +185,7 @@ class Tables(NamedTuple):
                 d_eta = d_eta * erase
         d_log = d_log_gamma + d_log_ratio.sum(-1) - d_log_ratio.sum(-2) - d_log_last
         d_log[:, -1] += d_log_last.sum(-1)
-        reached = torch.matmul(d_log, torch.ones_like(self.ratio[0]).tril_())  # log gamma sums log alpha
+        reached = torch.matmul(d_log, self.ratio.new_ones(self.ratio.shape[1:]).tril_())  # log gamma sums log alpha
         d_log_alpha = reached if d_log_alpha is None else reached - d_log_alpha
         return d_k, torch.zeros_like(reached) if d_eta is None else d_eta, d_log_alpha, d_erase
 

@@ -29,6 +29,7 @@ from nestlearn.ops.adjoint import (
     Sums,
     Tables,
     each,
+    outside_autocast,
     per_sequence,
     second_order,
     units,
@@ -189,6 +190,7 @@ class LinearSegment(torch.autograd.Function):
         )
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, d_y: Tensor, d_queries: Tensor | None, d_s: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan, valid = ctx.plan, ctx.valid
         kept = ctx.saved_tensors  # read once: checkpointing recomputes at the first look and refuses a second

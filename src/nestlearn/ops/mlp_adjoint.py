@@ -29,6 +29,7 @@ from nestlearn.ops.adjoint import (
     Sums,
     Tables,
     each,
+    outside_autocast,
     per_sequence,
     second_order,
     units,
@@ -179,6 +180,7 @@ class MLPSegment(torch.autograd.Function):
         return tuple(t.unflatten(0, (batch, heads)) for t in (y, next2, next1, next_gates))
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan, valid = ctx.plan, ctx.valid
         kept = ctx.saved_tensors  # read once: checkpointing recomputes at the first look and refuses a second

@@ -77,17 +77,18 @@ class Carried(NamedTuple):
     clock: int
 
 
-def _structure(weights: Weights) -> LinearMemory | MLPMemory:
+def _structure(name: str, weights: Weights) -> LinearMemory | MLPMemory:
     if len(weights) == 1:
         return LinearMemory(weights[0].shape[1], weights[0].shape[0])
-    return MLPMemory(weights[1].shape[1], weights[0].shape[0], weights[0].shape[1])
+    skip = False if name in GATES else None  # also where a head has one channel
+    return MLPMemory(weights[1].shape[1], weights[0].shape[0], weights[0].shape[1], skip)
 
 
 def run(
     inputs: Mapping[str, Tensor], start: Start, rule: WriteRule, carried: Carried | None = None
 ) -> tuple[Tensor, Carried]:
     """Outputs (T, d) of one sequence and head, and what is carried after its last token."""
-    memories = {name: _structure(start.weights[name]) for name in start.names}
+    memories = {name: _structure(name, start.weights[name]) for name in start.names}
     objective = objectives.get(rule.objective)
     from_start = rule.retention == "start"
     zero = {name: tuple(torch.zeros_like(w) for w in start.weights[name]) for name in start.names}

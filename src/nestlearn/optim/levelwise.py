@@ -85,7 +85,8 @@ class LevelwiseOptimizer(Optimizer):
     # A copy made together with the model, and pickling: not torch's own, which would leave everything here out
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
+        # A scheduler has put its own ``step`` here, which steps this optimizer and no copy.
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

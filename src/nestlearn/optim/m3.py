@@ -111,7 +111,7 @@ class M3(MatrixOptimizer):
         (beta1, beta2, beta3), ema, chunk = group["betas"], group["mode"] == "ema", group["chunk_size"]
         fast, slow, slow_o = ([s[name] for s in memories] for name in ("fast", "slow", "slow_orthogonal"))
         if t > 1 and (t - 1) % chunk == 0:
-            for kept, o in zip(slow_o, orthogonalize(slow, group), strict=True):
+            for kept, o in zip(slow_o, _orthogonal(slow, group), strict=True):
                 kept.copy_(o.view(kept.shape))
         if ema and (t - 1) % chunk == 0:
             torch._foreach_mul_(slow, beta3)  # between its reads the slow memory itself gathers the chunk's gradients
@@ -122,7 +122,7 @@ class M3(MatrixOptimizer):
             else:
                 torch._foreach_add_(m1, g, alpha=beta1)
                 torch._foreach_add_(m2, g, alpha=beta3)
-        updates = [o.reshape(p.shape) for o, p in zip(orthogonalize(fast, group), params, strict=True)]
+        updates = [o.reshape(p.shape) for o, p in zip(_orthogonal(fast, group), params, strict=True)]
         if group["alpha"] and t > chunk:
             updates = list(torch._foreach_add(updates, slow_o, alpha=group["alpha"]))
         if group["denom"] != "none":
@@ -143,3 +143,8 @@ class M3(MatrixOptimizer):
         mean = second_moment.mean().sqrt().clamp(min=tiny)
         divided = update / (root / mean + group["eps"])
         return divided * (update.norm() / divided.norm().clamp(min=tiny))
+
+
+def _orthogonal(memories: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """Their orthogonal factors, or, with ``steps=0``, the memories as they are."""
+    return list(memories) if group["steps"] == 0 else orthogonalize(memories, group)

@@ -29,7 +29,8 @@ def newton_schulz(g: Tensor, steps: int = 5, coeffs: str = "quintic", dtype: tor
     """Newton-Schulz iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``, from ``X = G / ||G||_F``.
 
     Args:
-        g: (..., d_out, d_in); zero gives zero.
+        g: (..., d_out, d_in); zero gives zero, and a norm below 1e-7 is not brought to one: what decays to nothing
+            must not step on at full size.
         steps: number of iterations.
         coeffs: ``"quintic"`` (Muon's, singular values end in about 0.7 to 1.2 after 5 steps) or ``"cubic"``
             (converges to the polar factor, slowly).

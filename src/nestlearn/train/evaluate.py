@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestlearn.data.streams import token_units
 from nestlearn.errors import UserError
+from nestlearn.train.positions import check_positions
 
 
 class NotFinite(UserError):
@@ -114,6 +115,7 @@ def _check(model: PreTrainedModel, context_length: int, stride: int | None, carr
     """The stride. Raises `UserError` for what `evaluate_text` cannot do."""
     if context_length < 1:
         raise UserError(f"context length {context_length}: give 1 token or more")
+    check_positions(model, context_length, "the context length")
     if carry_state:
         blocks = getattr(model.config, "block_types", None) or [model.config.model_type]
         growing = sorted({block for block in blocks if block != "hope"})

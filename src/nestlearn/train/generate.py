@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from nestlearn.errors import UserError
+from nestlearn.train.positions import check_positions
 
 COLDEST = 1e-4  # below it, logits divided by the temperature may overflow, and the most likely token is certain
 
@@ -79,7 +80,8 @@ def generate_text(
     begins a document. ``temperature``: divides the logits; 0 (or below 1e-4) takes the most likely token each time.
     ``top_p``: the share of the probability, from the top, that is sampled from. ``seed``: the same text for
     the same seed; the random state of the caller is left alone if it is given. What ``model.generation_config``
-    says has no effect. Raises `UserError` for values out of range and for logits that are not finite.
+    says has no effect. Raises `UserError` for values out of range, for more tokens than the model has positions, and
+    for logits that are not finite.
 
     >>> import transformers; from nestlearn.data import load_tokenizer
     >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=258, hidden_size=8,
@@ -88,6 +90,9 @@ def generate_text(
     """
     check_options(max_new_tokens, temperature, top_p, seed)
     inputs = _inputs(tokenizer, prompt)
+    length = inputs["input_ids"].shape[1]
+    asked = f"a prompt of {length:,} tokens with max_new_tokens {max_new_tokens:,}"
+    check_positions(model, length + max_new_tokens - 1, asked)  # the last token that is made is not read
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(

@@ -18,6 +18,7 @@ import os
 import shlex
 import shutil
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from nestlearn.data import (
     pack,
 )
 from nestlearn.errors import UserError, require_extra
-from nestlearn.files import make_readable, read_json, sync_file, write_atomic, write_json
+from nestlearn.files import alone, make_readable, read_json, sync_file, write_atomic, write_json
 from nestlearn.train.baseline import matching_config
 from nestlearn.train.callbacks import Interrupt, Metrics, Progress, Throughput, read_metrics
 from nestlearn.train.checkpoint import list_checkpoints, step_of, sweep, verify
@@ -49,7 +50,7 @@ from nestlearn.train.sharding import shard, whole_model
 from nestlearn.train.trainer import RECIPE, LanguageModelTrainer, check_weights, export, training_arguments
 
 RESULT, METRICS, CURVES = "result.json", "metrics.jsonl", "curves.png"
-CHECKPOINTS, BASELINE = "checkpoints", "baseline"
+CHECKPOINTS, BASELINE, LOCK = "checkpoints", "baseline", ".lock"
 ENTRY = {"model", "folder", "parameters", "steps", "tokens", "learning_rate", "tokens_per_second", "validation"}
 
 
@@ -103,9 +104,13 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
         data = read_data(recipe)
         phases = _phases(recipe, data, out)
         join().wait_for_everyone()  # until all have looked at the folder
-        if not resume:
-            _write_recipe(recipe, out)
-        return _run(recipe, phases, data, out)
+        busy = f"another process trains in {out}: wait for it, or give another folder with --out"
+        with alone(out / LOCK, busy) if join().is_main_process else nullcontext():
+            if not resume:
+                if join().is_main_process:
+                    _check_folder(out, resume)  # again, as another process may have trained here in the meantime
+                _write_recipe(recipe, out)
+            return _run(recipe, phases, data, out)
     except KeyboardInterrupt as error:
         if not os.path.isfile(out / RECIPE):
             raise Interrupted("interrupted before the first step: nothing was saved") from error
@@ -171,7 +176,7 @@ def _check_folder(out: Path, resume: bool) -> None:
         raise UserError(f"{out} is a file: give a folder for the run with --out")
     if resume and not (out / RECIPE).is_file():
         raise UserError(f"{out} holds no run to resume ({RECIPE} is missing): check --out, or leave out --resume")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"{out} is not empty: add --resume to continue its run, or give another folder with --out")
 
 
@@ -192,7 +197,9 @@ def _check_same_recipe(recipe: Recipe, out: Path) -> None:
 def _kept(out: Path) -> str:
     """Where the newest checkpoint of a run is, in words."""
     found = [*list_checkpoints(out / CHECKPOINTS), *list_checkpoints(out / BASELINE / CHECKPOINTS)]
-    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    if found:
+        return f"the last checkpoint is {found[-1]}"
+    return "its model is finished" if (out / RESULT).exists() else "there is no checkpoint yet"
 
 
 def _phases(recipe: Recipe, data: Data, out: Path) -> list[Phase]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from nestlearn.convert import model_folder
+from nestlearn.convert import ContinualModel, model_folder
 from nestlearn.errors import UserError, nearest
 from nestlearn.train.recipe import Recipe, load_preset, load_recipe, preset_names
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Structure:
     """What a name stands for. ``tokens_per_step`` is known of a recipe and of a run."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | ContinualModel
     optimizer: Optimizer | None
     tokens_per_step: int | None
 
@@ -33,7 +33,8 @@ def load_structure(name: str, optimizer: str | None = None) -> Structure:
     """The model that ``name`` stands for, without its weights, and the optimizer that it is trained with.
 
     Args:
-        name: a run folder or one of ``save_pretrained``, a recipe file ending in ``.toml``, or a preset.
+        name: a run folder or one of ``save_pretrained``, a recipe file ending in ``.toml``, or a preset. Of a folder
+            of ``nestlearn convert`` the weights are read after all, and no optimizer is taken.
         optimizer: a name of `nestlearn.train.optimizers` in place of the recipe's; a folder without a recipe has none
             by itself. Learning rate and weight decay are the recipe's, or the defaults of `TrainRecipe`.
 
@@ -44,8 +45,12 @@ def load_structure(name: str, optimizer: str | None = None) -> Structure:
     >>> found.model.device, type(found.optimizer).__name__, found.tokens_per_step
     (device(type='meta'), 'AdamW', 4096)
     """
+    from nestlearn.convert.saved import LEVELS
+    from nestlearn.train.loading import load_model
     from nestlearn.train.model import build
 
+    if (model_folder(name) / LEVELS).is_file():  # what its levels learn is cut from the base, weights and all
+        return Structure(load_model(name)[0], None, None)
     recipe, config = _find(name)
     with torch.device("meta"):
         model = build(config)

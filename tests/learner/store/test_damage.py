@@ -106,10 +106,42 @@ def test_damage_in_the_history_leaves_what_came_later(store: Store) -> None:
     manifest_path(store.folder, store.names["good"]).write_text("{}")
     assert store.load()[0]["a"]["w"].tolist() == [5.0]
     before = set(store.folder.rglob("*"))
-    for use in (store.log, store.gc, lambda: store.prune(0)):
+    for use in (store.log, store.gc):
         with pytest.raises(UserError, match=f"{store.names['good']}.json is damaged"):
             use()
     assert set(store.folder.rglob("*")) == before
+    # Whoever learns goes on, and prunes what it saved since.
+    for i in range(3, 6):
+        store.save({"a": {"w": torch.tensor([float(i)])}}, {"i": i, "auto": True})
+        store.prune(1)
+    assert [store.get(f"head~{n}").meta["i"] for n in range(3)] == [5, 2, 1]
+    report = store.verify()
+    assert len(report.problems) == 1
+    assert report.newest == store.head().id  # type: ignore[union-attr]
+
+
+def test_what_is_pruned_or_collected_is_not_in_the_previous_references(store: Store) -> None:
+    for i in range(2, 5):
+        store.save({"a": {"w": torch.tensor([float(i)])}}, {"i": i, "auto": True})
+    store.prune(1)
+    for remove in (lambda: None, lambda: (store.rollback("good"), store.drop("bad"), store.gc())):
+        remove()
+        shutil.copy(store.folder / "store.previous.json", store.folder / "store.json")
+        again = Store(store.folder, base="b" * 64)
+        assert again.verify().problems == ()
+        assert len(again.log()) == len(store.log())
+
+
+def test_files_that_are_folders_are_problems_like_others(store: Store) -> None:
+    for path in (path_of("object", store, store.get("bad")), path_of("manifest", store, store.get("bad"))):
+        whole = path.read_bytes()
+        path.unlink()
+        path.mkdir()
+        report = Store(store.folder).verify()
+        assert [line for line in report.problems if path.name in line and "Is a directory" in line]
+        assert report.newest == store.names["good"]
+        path.rmdir()
+        path.write_bytes(whole)
 
 
 def test_an_object_that_lost_its_end_is_written_anew(store: Store) -> None:

@@ -150,14 +150,16 @@ def test_an_ambiguous_prefix(store: Store, monkeypatch: pytest.MonkeyPatch) -> N
         store.get("abcd")
 
 
-@pytest.mark.parametrize("name", ["", "a b", "head", "Head", "cafe", "0123456789", "-x", ".x", "a/b", "a~1", "x" * 101])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "head", "Head", "main", "cafe", "0123456789", "-x", ".x", "a/b", "a~1", "x" * 101]
+)
 def test_names_that_are_none(store: Store, name: str) -> None:
     with pytest.raises(UserError):
         store.save(state(a=1), {}, name=name)
     store.save(state(a=1), {})
     with pytest.raises(UserError):
         store.fork(name)
-    assert (store.names, len(store.log())) == ({}, 1)
+    assert (store.names, len(store.log()), store.branch) == ({}, 1, "main")
 
 
 def test_a_name_is_given_once_unless_it_is_to_move(store: Store) -> None:
@@ -168,7 +170,7 @@ def test_a_name_is_given_once_unless_it_is_to_move(store: Store) -> None:
     second = store.save(state(a=2), {}, name="manual", move=True)
     assert store.names == {"manual": second.id}
     assert [s.name for s in store.log()] == ["manual", None]
-    with pytest.raises(UserError, match="'main' is a branch"):
+    with pytest.raises(UserError, match="'main' always means the branch of that name"):
         store.save(state(a=2), {}, name="main", move=True)
     with pytest.raises(UserError, match="'manual' is taken"):
         store.fork("manual")

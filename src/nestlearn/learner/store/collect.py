@@ -37,6 +37,7 @@ class Report:
         unreachable: of these, how many no branch or name reaches; gc removes them.
         objects, bytes: on the disk.
         problems: one line for each damaged or missing file. Empty: the store is whole.
+        newest: id of the newest snapshot that can be loaded, None if none can.
     """
 
     snapshots: int
@@ -44,6 +45,7 @@ class Report:
     objects: int
     bytes: int
     problems: tuple[str, ...]
+    newest: str | None
 
 
 def collect(folder: Path, known: References) -> Removed:
@@ -51,6 +53,8 @@ def collect(folder: Path, known: References) -> Removed:
     kept = History(folder, known).ancestors(known.targets() | leased(folder))
     gone = [identity for identity in snapshot.listed(folder) if identity not in kept]
     files = [snapshot.path_of(folder, identity) for identity in _children_first(folder, known, gone)]
+    if files:
+        references.write(folder, known)  # as it is, so that the previous version does not need them either
     freed = _remove(files, folder / snapshot.SNAPSHOTS)
     grafts = {identity: graft for identity, graft in known.grafts.items() if identity in kept}
     if grafts != known.grafts:
@@ -69,12 +73,13 @@ def prune(folder: Path, known: References, at: str | None, keep_last: int) -> Re
 
     Kept are also those with a name, those at the tip of a branch or under an open store, and those where the history
     forks or joins. The next snapshot that is kept becomes the child of the one before, and counts what lay between.
+    The history ends at a manifest that cannot be read: whoever learns must not have to repair what is long past.
     """
     history = History(folder, known)
     readable = {identity: found for identity in snapshot.listed(folder) if (found := _try(history, identity))}
     later = children(readable)
     standing = known.targets() | leased(folder)
-    automatic = [s for s in newest_first(history.ancestors([at] if at else [])) if s.automatic]
+    automatic = [s for s in newest_first(_behind(readable, at)) if s.automatic]
     victims = [
         s
         for s in automatic[keep_last:]
@@ -96,7 +101,8 @@ def prune(folder: Path, known: References, at: str | None, keep_last: int) -> Re
     if not victims:
         return Removed(0, 0, 0)
     known.grafts = {i: graft for i, graft in grafts.items() if i in changed or i in known.grafts}
-    references.write(folder, known)
+    for _ in range(2):  # the previous version must not need what is removed either
+        references.write(folder, known)
     freed = _remove([snapshot.path_of(folder, victim.id) for victim in victims], folder / snapshot.SNAPSHOTS)
     loose = _objects_of(victims) - _objects_of(readable.values())
     paths = [path for path in (objects.path_of(folder, digest) for digest in sorted(loose)) if path.exists()]
@@ -117,15 +123,31 @@ def verify(folder: Path, known: References) -> Report:
             waiting.extend(found.parents if found else ())
     on_disk = snapshot.listed(folder)
     whole = [found for identity in on_disk if (found := _try(history, identity, problems))]
+    damaged = set()
     for digest in sorted(_objects_of(whole)):
         try:
             objects.check(folder, digest)
         except UserError as error:
+            damaged.add(digest)
             users = sorted(s.name or s.short for s in whole if digest in _objects_of([s]))
             problems[f"{error} [in {', '.join(users)}]"] = None
     files = list((folder / objects.OBJECTS).glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
-    return Report(len(on_disk), len({*on_disk} - reached), len(files), size, tuple(problems))
+    loadable = {found.id: found for found in whole if not damaged & _objects_of([found])}
+    newest = next((found.id for found in newest_first(loadable)), None)
+    return Report(len(on_disk), len({*on_disk} - reached), len(files), size, tuple(problems), newest)
+
+
+def _behind(readable: dict[str, Snapshot], at: str | None) -> dict[str, Snapshot]:
+    """A snapshot and its ancestors, of those that are readable."""
+    found: dict[str, Snapshot] = {}
+    waiting = [at]
+    while waiting:
+        here = readable.get(waiting.pop() or "")
+        if here is not None and here.id not in found:
+            found[here.id] = here
+            waiting.extend(here.parents)
+    return found
 
 
 def _try(history: History, identity: str, problems: dict[str, None] | None = None) -> Snapshot | None:

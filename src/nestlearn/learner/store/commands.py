@@ -40,7 +40,9 @@ def log(store: Folder, ref: Ref = "head", branch: Branch = "main", as_json: Json
         print_json({"snapshots": [snapshot.to_dict() for snapshot in found], "branches": branches})
         return
     if not found:
-        print(f"{store} holds no snapshot yet")
+        others = ", ".join(sorted({*branches, *opened.names}))
+        elsewhere = f"branch {branch} of {store} holds no snapshot; give one of these as REF: {others}"
+        print(elsewhere if others else f"{store} holds no snapshot yet")
         return
     table = _table("snapshot", "created (UTC)", "tokens", "loss", "MB", "known as", right={2, 3, 4})
     for snapshot in found:
@@ -198,7 +200,9 @@ def verify(store: Folder, as_json: Json = False) -> None:
         size = f"{report.bytes / 1e6:,.1f} MB"
         _print(f"{report.snapshots:,} snapshots{loose}, {report.objects:,} objects, {size}", *report.problems)
     if report.problems:
-        raise UserError(f"{store} is damaged (problems: {len(report.problems)}): roll back to a snapshot without them")
+        back = f"back to the newest whole snapshot with: nestlearn memory rollback {store} {(report.newest or '')[:12]}"
+        remedy = back if report.newest else "none of its snapshots is whole, so learn anew in another folder"
+        raise UserError(f"{store} is damaged (problems: {len(report.problems)}): {remedy}")
     if not as_json:
         _print("everything is whole")
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nestlearn.errors import UserError
+
 LOCK, LEASES = "lock", "leases"
 
 
@@ -21,13 +23,20 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Hold the store's lock: ``shared`` to read, alone to write. Waits for whoever has it. Not to be nested.
 
     Every call opens the file anew, so that two threads, or two stores in one process, keep each other out as well.
+
+    Raises `UserError` for what the system says against it, or against what is done inside (a full disk).
     """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        where = "" if error.filename is None else f" at {Path(error.filename).name}"
+        what = f"cannot use the store {folder} ({error.strerror or error}{where})"
+        raise UserError(f"{what}: what was kept is as it was; put that right") from error
 
 
 class Lease:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch is imported where it is needed: the log of a store is
     from torch import Tensor
 
 OBJECTS = "objects"
+REMEDY = "go back to a snapshot without it ('nestlearn memory verify' tells which)"
 DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -119,11 +120,11 @@ def check(folder: Path, digest: str) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: go back to a snapshot without it ('memory verify' tells which)") from error
+        raise UserError(f"{path} is missing: {REMEDY}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
     if found != digest:
-        raise UserError(
-            f"{path} is damaged (truncated or changed): go back to a snapshot without it ('memory verify' tells which)"
-        )
+        raise UserError(f"{path} is damaged (truncated or changed): {REMEDY}")
 
 
 def read(folder: Path, digest: str) -> dict[str, Tensor]:

@@ -105,6 +105,8 @@ def check_name(name: str, kind: str) -> None:
         raise UserError(f"{name!r} is no {kind} for a snapshot: {rule}")
     if name.lower() == HEAD:
         raise UserError(f"{name!r} always means the newest snapshot: choose another {kind}")
+    if name.lower() == MAIN and kind != "branch":
+        raise UserError(f"{name!r} always means the branch of that name: choose another {kind}")
     if re.fullmatch(r"[0-9a-f]{4,64}", name):
         raise UserError(f"{name!r} looks like the id of a snapshot: add a letter after f, or a hyphen")
 

@@ -112,6 +112,8 @@ def read(folder: Path, snapshot: str) -> Snapshot:
         text = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {REMEDY}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
     if hashlib.sha256(text).hexdigest() != snapshot:
         raise UserError(f"{path} is damaged (truncated or changed): {REMEDY}")
     return _parse(path, snapshot, text)

@@ -120,11 +120,11 @@ class Store:
     def head(self, branch: str | None = None) -> Snapshot | None:
         """What this store stands on, or the newest snapshot of a branch as it is now. None if there is none yet."""
         if branch is None:
-            return None if self._at is None else self.get(self._at)
+            return None if self._at is None else self.get(HEAD)
         known = self.branches
         if branch not in known and branch != MAIN:
             raise UserError(f"{self.folder} has no branch {branch!r}; {nearest(branch, {MAIN, *known})}")
-        return self.get(known[branch]) if branch in known else None
+        return self.get(branch) if branch in known else None
 
     @property
     def branches(self) -> dict[str, str]:

@@ -30,9 +30,14 @@ UPDATES = {
 }
 
 
-def _is(module: nn.Module, name: str) -> bool:
-    layers = sys.modules.get("nestlearn.nn")
+def _is(module: nn.Module, name: str, package: str = "nestlearn.nn") -> bool:
+    layers = sys.modules.get(package)
     return layers is not None and isinstance(module, getattr(layers, name))
+
+
+def _is_converted(module: nn.Module) -> bool:
+    """Whether it is a pretrained model whose MLPs are levels."""
+    return _is(module, "ContinualModel", "nestlearn.convert")
 
 
 def _mixes(module: nn.Module) -> bool:
@@ -42,7 +47,7 @@ def _mixes(module: nn.Module) -> bool:
 
 def knows(module: nn.Module) -> bool:
     """Whether the module is a layer that is described here."""
-    return _mixes(module) or _is(module, CONTINUUM) or _is(module, LEVEL)
+    return _mixes(module) or _is(module, CONTINUUM) or _is(module, LEVEL) or _is_converted(module)
 
 
 def states(path: str, module: nn.Module) -> list[Part]:
@@ -51,6 +56,8 @@ def states(path: str, module: nn.Module) -> list[Part]:
         return _mixer(path, module)
     if _is(module, CONTINUUM) and module.online is not None:
         return _continuum(path, module)
+    if _is_converted(module):
+        return _converted(path, module)
     return []
 
 
@@ -178,6 +185,32 @@ def _continuum(path: str, memory: Any) -> list[Part]:
                 links=tuple(starts),
             )
         )
+    return parts
+
+
+def _converted(path: str, model: Any) -> list[Part]:
+    """Eq. 71 after training: what a learner adds to each MLP of a level; the pretrained weights are its start."""
+    parts = []
+    for level in model.levels:
+        for found, _ in model.replaced:
+            own = [piece for name, piece in level.start.pieces.items() if name.startswith(f"{found.name}.")]
+            if not own:
+                continue
+            here = ".".join(name for name in (path, "base", found.name) if name)
+            parts.append(
+                Part(
+                    here,
+                    f"learned weights, level {level.number}",
+                    "state",
+                    "MLP, per learner" if model.config_levels.kind == "depthwise" else "neurons of an MLP, per learner",
+                    "next-token loss of the model",
+                    "tokens of a chunk",
+                    f"{level.config.rule}, lr {level.config.lr:g}",
+                    UpdateFrequency.every(level.config.period, "token"),
+                    sum(piece.pretrained().numel() for piece in own),
+                    links=(Link("initialisation", (here, "*"), "start", False),),
+                )
+            )
     return parts
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
+from nestlearn.errors import UserError
 from nestlearn.memory.structures import Weights
 from nestlearn.models.hope.cache_hope import HopeCacheLayer, Replay
 from nestlearn.nn.continuum import ContinuumMemory
@@ -48,7 +49,12 @@ def read_and_learn(
         input_ids: the new tokens, without filler.
         cache: the state, updated in place. Where gradients are enabled, an outer loss can be differentiated through
             the learning; under ``no_grad`` the graph of a segment is dropped at its end.
+
+    Raises:
+        UserError: under ``torch.inference_mode``, in which no gradient can be taken.
     """
+    if torch.is_inference_mode_enabled():
+        raise UserError("levels that learn by the next token take gradients: use no_grad in place of inference_mode")
     layers: list[HopeCacheLayer] = cache.layers  # type: ignore[assignment]
     learning = [i for i, memory in enumerate(memories) if memory.online == "next-token"]
     seen = layers[0].get_seq_length()
@@ -74,7 +80,7 @@ def read_and_learn(
         outputs.append(hidden[:, done - start :])
         start = done = stop
         at_start = [layer.state for layer in layers]
-    if done < end:
+    if done < end or not outputs:
         outputs.append(read(between(done, end), cache))
     for index, layer in enumerate(layers):
         open_tokens = between(start, end) if index == 0 else input_ids[:, :0]

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.errors import UserError
 from nestlearn.memory import MLPMemory, SwiGLUMemory
 from nestlearn.memory.objectives import Objective
 from nestlearn.memory.structures import Factors, Weights
@@ -71,6 +72,12 @@ class ContinuumLevel(nn.Module):
     def weights(self) -> tuple[Tensor, ...]:
         """The learned weights in the order of `MLPMemory` and `SwiGLUMemory`: output matrix first."""
         linears = (self.down, self.up) if self.gate is None else (self.down, self.up, self.gate)
+        for linear in linears:
+            if self.update is not None and type(linear) is not nn.Linear:
+                raise UserError(
+                    f"a level that learns along the sequence writes to plain linear layers, and one is a "
+                    f"{type(linear).__name__}, whose adapter would be left out: adapt other layers, or merge it first"
+                )
         return tuple(linear.weight for linear in linears)
 
     @property

@@ -20,6 +20,7 @@ from nestlearn.memory.structures import Weights
 from nestlearn.nn.continuum.level import ContinuumLevel
 from nestlearn.nn.continuum.state import ContinuumState, LevelState
 from nestlearn.nn.continuum.update import LevelUpdate
+from nestlearn.nn.lengths import check_lengths
 
 ACTIVATIONS = ("swiglu", "mlp")
 VARIANTS = ("sequential", "nested", "independent")
@@ -167,6 +168,7 @@ class ContinuumMemory(nn.Module):
         if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.dim or not x_BTD.is_floating_point():
             given = f"the input has shape {tuple(x_BTD.shape)}, {x_BTD.dtype}"
             raise UserError(f"{given}: it must be (batch, tokens, {self.dim}), floating point")
+        check_lengths(lengths, *x_BTD.shape[:2])
         if self.online is None:
             if state is not None:
                 raise UserError("a ContinuumMemory with online=None keeps no state: leave the state out")
@@ -174,8 +176,6 @@ class ContinuumMemory(nn.Module):
         if state is None:
             state = self.begin(x_BTD.shape[0])
         self._check(state, x_BTD.shape[0])
-        if lengths is not None:
-            _check_lengths(lengths, *x_BTD.shape[:2])
         if not x_BTD.shape[1]:
             return x_BTD, state
         levels, erasure = list(state.levels), [()] * len(self.levels)
@@ -232,9 +232,3 @@ class ContinuumMemory(nn.Module):
         given = [[tuple(w.shape[-2:]) for w in level.weights] for level in state.levels]
         if expected != given:
             raise UserError(f"the state holds levels of shapes {given}, the memory {expected}: use a state of this one")
-
-
-def _check_lengths(lengths: Tensor, rows: int, tokens: int) -> None:
-    whole = not lengths.is_floating_point() and not lengths.is_complex()
-    if lengths.shape != (rows,) or not whole or bool(((lengths < 0) | (lengths > tokens)).any()):
-        raise UserError(f"lengths={lengths.tolist()}: give one whole number from 0 to {tokens} for each of {rows} rows")

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from nestlearn.errors import UserError
-from nestlearn.ops.adjoint import second_order, write_scales
+from nestlearn.ops.adjoint import outside_autocast, second_order, write_scales
 from nestlearn.ops.linear import LinearKernel
 from nestlearn.ops.mlp import MLPKernel
 from nestlearn.ops.rule import GATES, Start
@@ -137,6 +137,7 @@ class MemorySequence(torch.autograd.Function):
         return y, *ends
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, d_y: Tensor, d_current: Tensor, d_anchor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *given, kept = ctx.saved_tensors
         if torch.is_grad_enabled():

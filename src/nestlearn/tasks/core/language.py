@@ -74,7 +74,7 @@ TEXTS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {WORDS: {"tokenizer": "bpe:4096", "length": 512}, BYTES: {"tokenizer": "bytes", "length": 1024}},
     "gpu": {WORDS: {"tokenizer": "bpe:8192", "length": 1024}, BYTES: {"tokenizer": "bytes", "length": 4096}},
 }
-RATES = {"smoke": (2e-3,), "cpu": (2e-3, 4e-3), "gpu": (5e-4, 1e-3, 2e-3)}
+RATES = {"smoke": (2e-3,), "cpu": (2e-3, 4e-3, 8e-3), "gpu": (5e-4, 1e-3, 2e-3)}
 SEEDS = {"smoke": (0,), "cpu": (0, 1), "gpu": (0, 1, 2)}
 CRITERION = ("validation_loss",)
 SPAN = {"smoke": 128, "cpu": 1024, "gpu": 1024}

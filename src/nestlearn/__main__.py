@@ -1,0 +1,5 @@
+"""``python -m nestlearn`` is the command ``nestlearn``."""
+
+from nestlearn.cli import main
+
+main()
