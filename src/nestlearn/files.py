@@ -97,15 +97,16 @@ def alone(path: Path, busy: str) -> Iterator[None]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(busy) from None
             if _is_at(descriptor, path):
                 try:
                     yield
                 finally:
                     path.unlink(missing_ok=True)
                 return
-        except BlockingIOError:
-            raise UserError(busy) from None
         finally:
             os.close(descriptor)
 

@@ -34,7 +34,7 @@ def load_structure(name: str, optimizer: str | None = None) -> Structure:
 
     Args:
         name: a run folder or one of ``save_pretrained``, a recipe file ending in ``.toml``, or a preset. Of a folder
-            of ``nestlearn convert`` the weights are read after all, and no optimizer is taken.
+            of ``nestlearn convert`` the weights are read after all.
         optimizer: a name of `nestlearn.train.optimizers` in place of the recipe's; a folder without a recipe has none
             by itself. Learning rate and weight decay are the recipe's, or the defaults of `TrainRecipe`.
 
@@ -50,6 +50,8 @@ def load_structure(name: str, optimizer: str | None = None) -> Structure:
     from nestlearn.train.model import build
 
     if (model_folder(name) / LEVELS).is_file():  # what its levels learn is cut from the base, weights and all
+        if optimizer is not None:
+            raise UserError(f"{name} is a converted model, whose levels name their rules: leave the optimizer out")
         return Structure(load_model(name)[0], None, None)
     recipe, config = _find(name)
     with torch.device("meta"):
