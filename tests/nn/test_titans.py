@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from nestlearn.errors import UserError
-from nestlearn.nn import CausalAttention, ContinuumMemory
+from nestlearn.nn import CausalAttention, ContinuumMemory, MemoryLayer, step_sizes
 from nestlearn.nn.titans import SelfReferentialTitans
 
 SWITCHES = [
@@ -264,3 +265,20 @@ def test_lengths_that_do_not_fit_are_refused(lengths: list, conv_size: int) -> N
     for layer in layers[:2]:
         with pytest.raises(UserError, match="the state is a str: give what an earlier call returned"):
             layer(x, "state")
+
+
+@pytest.mark.parametrize("layer", [SelfReferentialTitans(16, 2, 4, stretch=0.1), MemoryLayer(16, 2, design="deltanet")])
+def test_step_sizes_are_told_inside_and_do_not_change_the_output(layer: nn.Module) -> None:
+    x, lengths = torch.randn(2, 9, 16), torch.tensor([9, 5])
+    plain, state = layer(x, None, lengths)
+    with step_sizes(nn.Sequential(layer)) as steps:
+        told, _ = layer(x, None, lengths)
+        layer(torch.randn(2, 1, 16), state)  # a token by itself too
+    assert torch.equal(told, plain)
+    assert [tuple(eta.shape) for eta in steps] == [(2, 2, 9), (2, 2, 1)]
+    assert (steps[0][1, :, 5:] == 0).all()
+    assert (steps[0][0] > 0).any()
+    gate = layer.bias["eta"]
+    assert torch.autograd.grad(steps[0].mean(), gate)[0].abs().sum() > 0
+    layer(x)
+    assert len(steps) == 2

@@ -318,3 +318,39 @@ def test_gates_have_no_residual_where_a_head_has_one_channel() -> None:
     assert (fast - slow).abs().max() < 1e-12
     assert not layer.memories["eta"].residual
     assert layer.memories["k"].residual
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_step_sizes_and_their_gradients_are_those_of_autograd(structure: str, ragged: bool) -> None:
+    """The node of a segment beside the general path, which a transform of torch.func takes."""
+    start = make_start(structure, PROJECTIONS)
+    rule = WriteRule(chunk_size=4, stretch=0.2, objective="dot" if structure == "linear" else "l2")
+    g = torch.Generator().manual_seed(1)
+    x = {name: torch.randn(3, HEADS, 10, WIDTH, generator=g, dtype=torch.float64) for name in PROJECTIONS}
+    lengths = torch.tensor([10, 7, 0]) if ragged else None
+    weights = torch.randn(3, HEADS, 10, generator=g, dtype=torch.float64)
+
+    def cost(k: Tensor, told: bool = True) -> Tensor:
+        steps: list[Tensor] | None = [] if told else None
+        y, _ = self_modify({**x, "k": k}, start, rule, None, lengths, steps)
+        assert steps is None or (len(steps) == 1 and steps[0].shape == (3, HEADS, 10))
+        return y.square().sum() * 0.1 + ((steps[0] * weights).sum() if steps else 0.0)
+
+    k = x["k"].clone().requires_grad_()
+    (node,) = torch.autograd.grad(cost(k), k)
+    (without,) = torch.autograd.grad(cost(k, told=False), k)
+    assert not torch.allclose(node, without)
+    assert torch.allclose(node, torch.func.grad(cost)(x["k"]), atol=1e-11)
+    second = torch.autograd.grad(torch.autograd.grad(cost(k), k, create_graph=True)[0].square().sum(), k)[0]
+    assert second.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_step_sizes_are_refused_where_they_are_not_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("NESTLEARN_OPS", name)
+    x = {name: torch.zeros(1, HEADS, 2, WIDTH, dtype=torch.float64) for name in PROJECTIONS}
+    with pytest.raises(UserError, match=f"NESTLEARN_OPS={name} does not tell the step sizes: take 'torch'"):
+        self_modify(x, make_start("linear", PROJECTIONS), WriteRule(), None, None, [])

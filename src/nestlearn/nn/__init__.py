@@ -3,7 +3,7 @@
 from nestlearn.nn.attention import AttentionState, CausalAttention
 from nestlearn.nn.continuum import ContinuumLevel, ContinuumMemory, ContinuumState, LevelUpdate, continuum_periods
 from nestlearn.nn.convolution import CausalConv
-from nestlearn.nn.mixer import MemoryMixer, MemoryState
+from nestlearn.nn.mixer import MemoryMixer, MemoryState, step_sizes
 from nestlearn.nn.titans import SelfReferentialTitans
 from nestlearn.nn.zoo import DESIGNS, Design, MemoryLayer
 
@@ -22,4 +22,5 @@ __all__ = [
     "MemoryState",
     "SelfReferentialTitans",
     "continuum_periods",
+    "step_sizes",
 ]

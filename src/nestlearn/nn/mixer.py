@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,6 +71,7 @@ class MemoryMixer(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Linear(dim, dim, bias=False) if gate else None
         self.norm = nn.RMSNorm(self.width, eps=1e-6)
+        self.told: list[Tensor] | None = None  # of `step_sizes`
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -114,16 +117,41 @@ class MemoryMixer(nn.Module):
             dtype = start.bias["eta"].dtype
             inputs = {name: t.to(dtype) for name, t in inputs.items()}
             before = None if state is None else state.core
-            alone = before is not None and x.shape[1] == 1 and lengths is None
+            alone = before is not None and x.shape[1] == 1 and lengths is None and self.told is None
             if alone and inside_chunk(start, self.rule, before):
                 y, core = write_token(inputs, start, self.rule, before)
             else:
-                y, core = self_modify(inputs, start, self.rule, before, lengths)
+                y, core = self_modify(inputs, start, self.rule, before, lengths, self.told)
             y = F.rms_norm(y, (self.width,), self.norm.weight.to(dtype), self.norm.eps)
         y = y.transpose(1, 2).flatten(-2).to(u.dtype)
         if self.gate is not None:
             y = y * torch.sigmoid(self.gate(u))
         return self.out(y), MemoryState(conv_state, core, attention)
+
+
+@contextmanager
+def step_sizes(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T"]]]:
+    """Inside, every recurrent layer of ``model`` adds the step sizes eta that it writes its tokens with to a list, in
+    the order in which the layers run, zero for tokens that do not count. A loss may be made of them: what each write
+    costs teaches a model to leave its memories alone where there is nothing to keep. Not for layers that are
+    recomputed in the backward pass, which runs outside.
+
+    >>> from nestlearn.nn import SelfReferentialTitans
+    >>> layer = SelfReferentialTitans(16, heads=2, chunk_size=4)
+    >>> with step_sizes(layer) as steps:
+    ...     _ = layer(torch.zeros(1, 6, 16))
+    >>> steps[0].shape
+    torch.Size([1, 2, 6])
+    """
+    layers = [module for module in model.modules() if isinstance(module, MemoryMixer)]
+    found: list[Tensor] = []
+    for layer in layers:
+        layer.told = found
+    try:
+        yield found
+    finally:
+        for layer in layers:
+            layer.told = None
 
 
 def wide(t: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class SelfReferentialTitans(MemoryMixer):
             linear memories and l2 for MLP memories.
         eta_max: upper end of the step size, in units of alpha; None means 2 (erasure may turn a sign) for linear
             memories and 0.1 for MLP memories, whose last layer has no erasure.
+        stretch: as in :class:`nestlearn.ops.WriteRule`; None means 0, and 0.1 in a layer with accumulators.
         read, delta, decay, self_values, retention, bounded, normalize_v, clip_values, norm_limit: as in
             :class:`nestlearn.ops.WriteRule`.
 
@@ -93,6 +94,7 @@ class SelfReferentialTitans(MemoryMixer):
         retention: Literal["zero", "start"] = "start",
         write_scale: float | None = 0.05,
         eta_max: float | None = None,
+        stretch: float | None = None,
         bounded: bool = True,
         normalize_v: bool = True,
         clip_values: bool = True,
@@ -117,7 +119,7 @@ class SelfReferentialTitans(MemoryMixer):
             self_values=self_values,
             retention=retention,
             eta_max=eta_max if eta_max is not None else (2.0 if memory == "linear" else 0.1),
-            stretch=STRETCH if accumulators else 0.0,
+            stretch=stretch if stretch is not None else STRETCH if accumulators else 0.0,
             bounded=bounded,
             normalize_v=normalize_v,
             clip_values=clip_values,

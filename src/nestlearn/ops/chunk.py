@@ -65,6 +65,7 @@ def self_modify(
     rule: WriteRule,
     state: CoreState | None = None,
     lengths: Int[Tensor, " B"] | None = None,
+    steps: list[Tensor] | None = None,
 ) -> tuple[Float[Tensor, "B H T d"], CoreState]:
     """Run the core of Eq. 83-90.
 
@@ -77,15 +78,18 @@ def self_modify(
         state: what an earlier piece returned; None starts afresh.
         lengths: how many of the T tokens of each row count, (B,); the others change no state and their
             outputs are meaningless. None means all.
+        steps: gets the step sizes (B, H, T) that the tokens were written with, zero where one does not count.
 
     Returns:
         Outputs (B, H, T, d) and the state after the last token. Both are differentiable in everything.
 
     Raises:
         UserError: the state belongs to another batch size or another core, or ``NESTLEARN_OPS`` asks for an
-            implementation that does not cover the rule.
+            implementation that does not cover the rule, or that does not give ``steps``.
     """
     name, kernel = backend(), kernel_for(start, rule)
+    if steps is not None and name != "torch":
+        raise UserError(f"NESTLEARN_OPS={name} does not tell the step sizes: take 'torch'")
     if name == "reference":
         return by_reference(inputs, start, rule, kernel, state, lengths)
     batch, learned = inputs["q"].shape[0], kernel.pack()
@@ -97,7 +101,7 @@ def self_modify(
         from nestlearn.ops.triton.sequence import by_kernels  # here, as Triton is not installed everywhere
 
         return by_kernels(inputs, kernel, learned, state, lengths, by_chunks)
-    return by_chunks(inputs, kernel, learned, state, lengths)
+    return by_chunks(inputs, kernel, learned, state, lengths, steps)
 
 
 def by_chunks(
@@ -106,6 +110,7 @@ def by_chunks(
     learned: tuple[Tensor, ...],
     state: CoreState,
     lengths: Tensor | None,
+    steps: list[Tensor] | None = None,
 ) -> tuple[Tensor, CoreState]:
     """:func:`self_modify` in PyTorch, from a state; ``learned`` is the start as the kernel packs it."""
     start, rule = kernel.start, kernel.rule
@@ -116,7 +121,7 @@ def by_chunks(
     weights: tuple[Tensor, ...] = ()
     counts = None if lengths is None else torch.arange(tokens, device=x.device) < lengths[:, None].to(x.device)
 
-    outputs, queries = [], []
+    outputs, queries, etas = [], [], []
     segments = list(_segments(state.clock, lengths, tokens, rule))
     inputs = dict(inputs)
     for name in ("q", "k"):
@@ -132,13 +137,15 @@ def by_chunks(
         if known == len(distinct):
             distinct.append(value)
     split = [value.contiguous().split(sizes, dim=2) for value in distinct]
-    advance: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]] = partial(step, kernel)
+    advance: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]] = partial(
+        step, kernel
+    )
     if transformed():
         pass  # by autograd alone
     elif isinstance(kernel, LinearKernel) and LinearSegments.covers(kernel):
-        advance = LinearSegments(kernel, source)
+        advance = LinearSegments(kernel, source, steps is not None)
     elif isinstance(kernel, MLPKernel) and MLPSegments.covers(kernel):
-        advance = MLPSegments(kernel, source)
+        advance = MLPSegments(kernel, source, steps is not None)
     for n, (i, j, refresh_others, refresh_memory) in enumerate(segments):
         refreshed = refresh_others is not False or refresh_memory is not False
         if refreshed:
@@ -152,11 +159,14 @@ def by_chunks(
             weights = tuple(b + a for b, a in zip(base, anchor, strict=True))
         piece = {name: split[k][n] for name, k in source.items()}
         valid = None if counts is None else counts[:, None, i:j].to(x.dtype)
-        y, q, current, momentum = advance(weights, current, momentum, piece, valid)
+        y, q, current, momentum, eta = advance(weights, current, momentum, piece, valid)
         outputs.append(y)
+        etas.append(eta)
         queries.append(q)
 
     seen = torch.full((batch,), tokens) if lengths is None else lengths.cpu()
+    if steps is not None:
+        steps.append(torch.cat(etas, dim=2) if etas else x.new_zeros(x.shape[:3]))
     if not outputs:
         return x.new_zeros(x.shape), CoreState(current, anchor, momentum, state.clock + seen)
     q = torch.cat(queries, dim=2) if "q" in start.weights else inputs["q"]

@@ -50,10 +50,12 @@ class LinearSegments:
     Args:
         kernel: the packed form of the memories.
         source: for every name of ``PROJECTIONS`` in use, which of the distinct inputs it reads.
+        tells_steps: whether the step sizes are given out too.
     """
 
     kernel: LinearKernel
     source: dict[str, int]
+    tells_steps: bool = False
 
     @classmethod
     def covers(cls, kernel: LinearKernel) -> bool:
@@ -71,10 +73,10 @@ class LinearSegments:
 
     def __call__(
         self, anchor: Packed, state: Packed, momentum: Packed, piece: Mapping[str, Tensor], valid: Tensor | None
-    ) -> tuple[Tensor, Tensor, Packed, Packed]:
+    ) -> tuple[Tensor, Tensor, Packed, Packed, Tensor | None]:
         start = self.kernel.start
         distinct = {i: piece[name] for name, i in self.source.items()}
-        y, q, s = LinearSegment.apply(
+        y, q, s, eta = LinearSegment.apply(
             self,
             valid,
             anchor[0],
@@ -85,7 +87,7 @@ class LinearSegments:
             start.erase,
             *(distinct[i] for i in range(len(distinct))),
         )
-        return y, piece["q"] if q is None else q, (s,), ()
+        return y, piece["q"] if q is None else q, (s,), (), eta
 
     def by_autograd(
         self,
@@ -104,8 +106,8 @@ class LinearSegments:
         scales = dict(zip(self.kernel.names, scale.unbind(-1), strict=True))
         again = Start(start.weights, bias, scales, None, erase, start.accumulates)
         piece = {name: inputs[i] for name, i in self.source.items()}
-        y, q, (s,), _ = step(type(self.kernel)(again, rule), (anchor,), (state,), (), piece, valid)
-        return y, q, s
+        y, q, (s,), _, eta = step(type(self.kernel)(again, rule), (anchor,), (state,), (), piece, valid)
+        return y, q, s, eta
 
 
 class LinearSegment(torch.autograd.Function):
@@ -123,7 +125,7 @@ class LinearSegment(torch.autograd.Function):
         scale: Tensor,
         erase: Tensor | None,
         *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         kernel, rule, batch = plan.kernel, plan.kernel.rule, anchor.shape[0]
         a, s0 = anchor.flatten(0, 1), state.flatten(0, 1)
         x = [t.flatten(0, 1) for t in inputs]
@@ -187,16 +189,19 @@ class LinearSegment(torch.autograd.Function):
             y.unflatten(0, heads),
             q.unflatten(0, heads) if "q" in kernel.names else None,
             s.unflatten(0, heads),
+            gates.eta.unflatten(0, heads) if plan.tells_steps else None,
         )
 
     @staticmethod
     @outside_autocast
-    def backward(ctx: Any, d_y: Tensor, d_queries: Tensor | None, d_s: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, d_y: Tensor, d_queries: Tensor | None, d_s: Tensor, d_told: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         plan, valid = ctx.plan, ctx.valid
         kept = ctx.saved_tensors  # read once: checkpointing recomputes at the first look and refuses a second
         given, saved = kept[: ctx.inputs], kept[ctx.inputs :]
         if torch.is_grad_enabled():
-            again, d_outputs = partial(plan.by_autograd, valid), (d_y, d_queries, d_s)
+            again, d_outputs = partial(plan.by_autograd, valid), (d_y, d_queries, d_s, d_told)
             return second_order(again, given, ctx.needs_input_grad[2:], d_outputs)
         kernel, rule = plan.kernel, plan.kernel.rule
         anchor, state, _, _, scale, erase, *inputs = given
@@ -274,6 +279,8 @@ class LinearSegment(torch.autograd.Function):
             d_a[:, n:] += torch.bmm(d_y.mT, q)
         d_scale = (d_steps * gates.eta.unsqueeze(-1)).sum(1).unflatten(0, (batch, heads)).sum(0)
         d_eta = d_eta + torch.matmul(d_steps, each(scale, batch).unsqueeze(-1)).squeeze(-1)
+        if d_told is not None:
+            d_eta += d_told.flatten(0, 1)
 
         # Generation.
         counts = None if valid is None else per_sequence(valid, batch, heads)

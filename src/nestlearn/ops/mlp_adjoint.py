@@ -52,10 +52,12 @@ class MLPSegments:
     Args:
         kernel: the packed form of the memories.
         source: for every name of ``PROJECTIONS`` in use, which of the distinct inputs it reads.
+        tells_steps: whether the step sizes are given out too.
     """
 
     kernel: MLPKernel
     source: dict[str, int]
+    tells_steps: bool = False
 
     @classmethod
     def covers(cls, kernel: MLPKernel) -> bool:
@@ -73,13 +75,13 @@ class MLPSegments:
 
     def __call__(
         self, anchor: Packed, state: Packed, momentum: Packed, piece: Mapping[str, Tensor], valid: Tensor | None
-    ) -> tuple[Tensor, Tensor, Packed, Packed]:
+    ) -> tuple[Tensor, Tensor, Packed, Packed, Tensor | None]:
         start = self.kernel.start
         distinct = {i: piece[name] for name, i in self.source.items()}
         fixed = (start.bias["eta"], start.bias.get("alpha"), self.scale, start.erase, *self.base)
         inputs = (distinct[i] for i in range(len(distinct)))
-        y, *after = MLPSegment.apply(self, valid, *anchor, *state, *fixed, *inputs)
-        return y, piece["q"], tuple(after), ()
+        y, *after, eta = MLPSegment.apply(self, valid, *anchor, *state, *fixed, *inputs)
+        return y, piece["q"], tuple(after), (), eta
 
     def by_autograd(self, valid: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
         """The same by :func:`nestlearn.ops.step.step`: what a second derivative goes through."""
@@ -94,15 +96,16 @@ class MLPSegments:
         bias = {"eta": bias_eta} | ({} if bias_alpha is None else {"alpha": bias_alpha})
         scales = dict(zip(self.kernel.names, scale.unbind(-1), strict=True))
         again = type(self.kernel)(Start(weights, bias, scales, None, erase), rule)
-        y, _, after, _ = step(again, anchor, state, (), {name: inputs[i] for name, i in self.source.items()}, valid)
-        return y, *after
+        piece = {name: inputs[i] for name, i in self.source.items()}
+        y, _, after, _, eta = step(again, anchor, state, (), piece, valid)
+        return y, *after, eta
 
 
 class MLPSegment(torch.autograd.Function):
     """See the head of this file. Of each segment it keeps the two states and what is as large as its tokens."""
 
     @staticmethod
-    def forward(ctx: Any, plan: MLPSegments, valid: Tensor | None, *given: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, plan: MLPSegments, valid: Tensor | None, *given: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kernel, rule = plan.kernel, plan.kernel.rule
         batch, heads = given[0].shape[:2]
         a2, a1, ag, s2, s1, sg = (t.flatten(0, 1) for t in given[:6])
@@ -177,11 +180,12 @@ class MLPSegment(torch.autograd.Function):
             *(gate_written, wide_written, gate_factor, wide_factor, back, written, zq, hq, scores, scores1),
             *generated,
         )
-        return tuple(t.unflatten(0, (batch, heads)) for t in (y, next2, next1, next_gates))
+        told = gates.eta if plan.tells_steps else None
+        return tuple(None if t is None else t.unflatten(0, (batch, heads)) for t in (y, next2, next1, next_gates, told))
 
     @staticmethod
     @outside_autocast
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         plan, valid = ctx.plan, ctx.valid
         kept = ctx.saved_tensors  # read once: checkpointing recomputes at the first look and refuses a second
         given, saved = kept[: ctx.given], kept[ctx.given :]
@@ -192,7 +196,8 @@ class MLPSegment(torch.autograd.Function):
         a2, a1, ag, s2, s1, sg = (t.flatten(0, 1) for t in given[:6])
         _, _, scale, erase, base1, base2 = given[6:12]
         x = [t.flatten(0, 1) for t in given[12:]]
-        d_y, d_next2, d_next1, d_next_gates = (t.flatten(0, 1) for t in d_outputs)
+        *d_main, d_told = d_outputs
+        d_y, d_next2, d_next1, d_next_gates = (t.flatten(0, 1) for t in d_main if t is not None)
         gates, tables = Gates(*saved[:4]), Tables(*saved[4:10])
         k, q, v, k_factor, q_factor, v_factor, both, z, h, gate_out, wide_out, steps = saved[10:22]
         gate_written, wide_written, gate_factor, wide_factor, back, written, zq, hq, scores, scores1 = saved[22:32]
@@ -300,6 +305,8 @@ class MLPSegment(torch.autograd.Function):
             d_a2[:, memory] += torch.bmm(d_zq.mT, q)
             d_w1[-1].baddbmm_(d_y.mT, hq)
         d_eta = d_eta + (d_steps * each(scale, batch).unsqueeze(-1)).sum(1)
+        if d_told is not None:
+            d_eta += d_told.flatten(0, 1)
         d_scale = (d_steps * gates.eta.unsqueeze(1)).sum(-1)
 
         # Generation.

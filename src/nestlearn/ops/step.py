@@ -23,7 +23,7 @@ def step(
     momentum: Packed,
     piece: Mapping[str, Tensor],
     valid: Float[Tensor, "B 1 c"] | None,
-) -> tuple[Tensor, Tensor, Packed, Packed]:
+) -> tuple[Tensor, Tensor, Packed, Packed, Tensor]:
     """Generate, write and read one segment.
 
     Args:
@@ -33,7 +33,8 @@ def step(
         valid: which tokens count, or None if all do.
 
     Returns:
-        What is read (B, H, c, d), the queries it was read with, the next state and momentum.
+        What is read (B, H, c, d), the queries it was read with, the next state and momentum, and the step sizes
+        (B, H, c), zero where a token does not count.
     """
     start, rule = kernel.start, kernel.rule
     made = {**piece, **kernel.generate(anchor, piece)}
@@ -47,4 +48,4 @@ def step(
         k, v = v, k
     segment = Segment.of(k, eta, log_alpha, start.momentum, valid, rule.erases, start.erase)
     y, state, momentum = kernel.advance(anchor, state, momentum, q, v, segment)
-    return y, queries, state, momentum
+    return y, queries, state, momentum, segment.eta

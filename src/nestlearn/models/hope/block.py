@@ -29,8 +29,8 @@ from nestlearn.nn import (
 # Arguments of SelfReferentialTitans that HopeConfig has under the same name.
 TITANS_OPTIONS = ("chunk_size", "chunk_size_other", "conv_size", "objective", "read", "delta", "decay", "momentum")
 TITANS_OPTIONS += ("inner_k", "inner_v", "inner_q", "inner_gates", "self_values", "retention", "write_scale")
-TITANS_OPTIONS += ("eta_max", "bounded", "normalize_v", "clip_values", "norm_limit", "retained", "accumulators")
-TITANS_OPTIONS += ("gate", "shared_input")
+TITANS_OPTIONS += ("eta_max", "stretch", "bounded", "normalize_v", "clip_values", "norm_limit", "retained")
+TITANS_OPTIONS += ("accumulators", "gate", "shared_input")
 
 
 def make_titans(config: HopeConfig) -> SelfReferentialTitans:
@@ -59,8 +59,9 @@ def make_design(config: HopeConfig, name: str) -> MemoryLayer:
     """The token mixer of a block that is named after a design."""
     design = DESIGNS[name]
     changes: dict[str, Any] = {}
-    if config.eta_max is not None and "eta" in design.gates:
-        changes["eta_max"] = config.eta_max
+    for option in ("eta_max", "stretch") if "eta" in design.gates else ():
+        if getattr(config, option) is not None:
+            changes[option] = getattr(config, option)
     if design.at_anchor:
         changes["norm_limit"] = config.norm_limit
     if name == "omega":

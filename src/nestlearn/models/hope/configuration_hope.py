@@ -61,9 +61,9 @@ class HopeConfig(PreTrainedConfig):
             end in the continuum memory, which is one MLP if it has one level. "attention" is a Transformer++ block.
         conv_size: taps of the causal convolution, in tokens.
         chunk_size, chunk_size_other, objective, read, delta, decay, momentum, inner_k, inner_v, inner_q,
-            inner_gates, self_values, retention, write_scale, eta_max, bounded, normalize_v, clip_values,
+            inner_gates, self_values, retention, write_scale, eta_max, stretch, bounded, normalize_v, clip_values,
             norm_limit, retained, accumulators, gate, shared_input: as in :class:`nestlearn.nn.SelfReferentialTitans`.
-            Of these a layer of ``DESIGNS`` takes chunk_size, retained, gate, and eta_max where its step size is
+            Of these a layer of ``DESIGNS`` takes chunk_size, retained, gate, and eta_max and stretch where its step size is
             learned, norm_limit where it takes gradients at the anchor; the rest is its name's choice.
         memory_type, memory_hidden_size: its ``memory`` and ``memory_hidden``.
         attention_window: tokens that a query of "sliding-window" sees, itself included.
@@ -118,6 +118,7 @@ class HopeConfig(PreTrainedConfig):
     retention: str = "start"
     write_scale: float | int | None = 0.05
     eta_max: float | int | None = None
+    stretch: float | int | None = None
     bounded: bool = True
     normalize_v: bool = True
     clip_values: bool = True

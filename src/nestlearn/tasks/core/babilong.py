@@ -16,6 +16,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from nestlearn.models.hope import HopeForCausalLM
+from nestlearn.nn import step_sizes
 from nestlearn.tasks.core.babi import (
     END,
     NAMES,
@@ -54,7 +56,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deltanet": ("deltanet", {}),
     "hope": ("hope", {}),
     "hope, no decay": ("hope", {"decay": False}),
+    # Nothing is forgotten by the clock, steps can be zero, and each costs something: what is kept stays as it is.
+    "hope, writes cost": ("hope", {"decay": False, "stretch": 0.1}),
+    "deltanet, writes cost": ("deltanet", {"stretch": 0.1}),
 }
+COSTS = {
+    "hope, writes cost": 10.0,
+    "deltanet, writes cost": 10.0,
+}  # of the mean step size, in nats, of the streams with background
 TEXTS = ("wikitext2/train.txt", "wikitext2/valid.txt", "wikitext2/test.txt")  # the first to train, the others to test
 MIB = 2**20
 
@@ -125,7 +134,8 @@ def plan(scale: str, data: str | None) -> Plan:
             longest = LONGEST[scale] if model == "hope" and task == next(iter(NAMES)) else []
             ladder = [*RECIPES[scale]["ladder"], *longest]
             arguments = {"task": task, "model": model, "options": options, "ladder": ladder}
-            rows.append(Row(task, name, arguments, absent))
+            cost = {"cost": COSTS[name]} if name in COSTS else {}
+            rows.append(Row(task, name, arguments | cost, absent))
     return Plan("babilong", train_one, recipe, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 
@@ -145,6 +155,7 @@ def train_one(
     piece: int = 2048,
     size: Mapping[str, int] | None = None,
     options: Mapping[str, Any] | None = None,
+    cost: float = 0.0,
     device: str = "cpu",
     log: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -164,6 +175,7 @@ def train_one(
         bound: MiB that the state of one stream may take.
         piece: tokens that are read at a time.
         size, options: fields of `Size` and of `HopeConfig`.
+        cost: of writing, added to the loss of streams with background: nats for a mean step size of 1.
         device: a torch device.
         log: gets a line every 50 steps.
 
@@ -181,7 +193,7 @@ def train_one(
     network = language_model(model, len(text.vocabulary), Size(**(size or {})), options).to(device)  # type: ignore[arg-type]
     result: dict[str, Any] = {"parameters": count_parameters(network), "vocabulary": len(text.vocabulary)}
     result |= {"diverged": False, "curve": [], "outgrown": None}
-    if not train(network, text.training, stages, batch, most, lr, seed, device, result["curve"], log):
+    if not train(network, text.training, stages, batch, most, lr, seed, device, result["curve"], log, cost):
         return result | {"diverged": True}
     length = stages[-1][0]
     samples = fixed_samples(text.validation, length, VALIDATION_SAMPLES, VALIDATION_SEED)
@@ -246,6 +258,7 @@ def train(
     device: str,
     curve: list[list[float]],
     log: Callable[[str], None] | None = None,
+    cost: float = 0.0,
 ) -> bool:
     """Train over the curriculum; whether all stayed finite. ``curve`` gets ``[step, tokens, loss]``."""
     optimizer = build_optimizer("adamw", network, lr, WEIGHT_DECAY)
@@ -259,8 +272,11 @@ def train(
             length = longest if generator.random() < 0.5 else int(generator.choice(lengths))
             rows = max(1, min(batch, most // max(length, 1)))
             examples = [teller.example(length, bool(only_answer), generator) for _ in range(rows)]
-            loss = loss_of(network, examples, device)
-            if not descend(network, optimizer, loss, lr * min(done / WARMUP, (total - done + 1) / (FALL * total), 1)):
+            with step_sizes(network) if cost and length else nullcontext([]) as sizes:
+                loss = loss_of(network, examples, device)
+            paid = cost * torch.stack([eta.mean() for eta in sizes]).mean() if sizes else 0.0
+            rate = lr * min(done / WARMUP, (total - done + 1) / (FALL * total), 1)
+            if not descend(network, optimizer, loss + paid, rate):
                 return False
             if step % 50 == 0 or step == steps - 1:
                 curve.append([done, length, loss.item()])
