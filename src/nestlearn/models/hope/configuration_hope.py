@@ -63,8 +63,8 @@ class HopeConfig(PreTrainedConfig):
         chunk_size, chunk_size_other, objective, read, delta, decay, momentum, inner_k, inner_v, inner_q,
             inner_gates, self_values, retention, write_scale, eta_max, stretch, bounded, normalize_v, clip_values,
             norm_limit, retained, accumulators, gate, shared_input: as in :class:`nestlearn.nn.SelfReferentialTitans`.
-            Of these a layer of ``DESIGNS`` takes chunk_size, retained, gate, and eta_max and stretch where its step size is
-            learned, norm_limit where it takes gradients at the anchor; the rest is its name's choice.
+            Of these a layer of ``DESIGNS`` takes chunk_size, retained, gate, eta_max and stretch where its step size
+            is learned, norm_limit where it takes gradients at the anchor; the rest is its name's choice.
         memory_type, memory_hidden_size: its ``memory`` and ``memory_hidden``.
         attention_window: tokens that a query of "sliding-window" sees, itself included.
         omega_window: pairs in each step of "omega", in tokens.
