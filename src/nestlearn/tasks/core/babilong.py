@@ -60,10 +60,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hope, writes cost": ("hope", {"decay": False, "stretch": 0.1}),
     "deltanet, writes cost": ("deltanet", {"stretch": 0.1}),
 }
-COSTS = {
-    "hope, writes cost": 10.0,
-    "deltanet, writes cost": 10.0,
-}  # of the mean step size, in nats, of the streams with background
+# Nats for a mean step size of 1 on streams with background, added to the loss.
+COSTS = {"hope, writes cost": 10.0, "deltanet, writes cost": 10.0}
 TEXTS = ("wikitext2/train.txt", "wikitext2/valid.txt", "wikitext2/test.txt")  # the first to train, the others to test
 MIB = 2**20
 
