@@ -398,7 +398,7 @@ def _short(length: int) -> str:
 
 def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: Path) -> Path:
     """Against the length: accuracy in each task that was run, a panel each, then the state and the memory."""
-    colours = dict(zip(MODELS, PALETTE, strict=False))
+    colours = dict(zip((name for name in MODELS if name not in COSTS), PALETTE, strict=False))
     run = [task for task, models in found.items() if any(map(_lengths, models.values()))]
     keys = [(task, "accuracy", f"{task}: right answers (percent)") for task in run]
     keys += [(None, "state", "state of a stream (MiB)"), (None, "memory", "memory in use (MiB)")]
@@ -410,7 +410,9 @@ def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: P
             if outcome is not None:
                 points = [(n, outcome["mean"][f"{key} {n}"]) for n in _lengths(outcome)]
                 width = 2.5 if base(name) == "hope" else 1.4
-                axes.plot(*zip(*points, strict=True), "o-", color=colours[name], label=name, linewidth=width)
+                # Rows whose writes cost are dashed, in the colour of their model.
+                colour, line = (colours[base(name)], "o--") if name in COSTS else (colours[name], "o-")
+                axes.plot(*zip(*points, strict=True), line, color=colour, label=name, linewidth=width)
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log")
         if key == "accuracy":
