@@ -125,7 +125,7 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
         ([str(base), "--out", str(tmp_path / "x"), "--periods", "4,b"], "--periods '4,b': give whole numbers"),
         ([str(base), "--out", str(tmp_path / "x"), "--layers", "early"], "--layers 'early'"),
         ([str(tmp_path / "y"), "--out", str(tmp_path / "x")], "no model folder"),
-        ([str(out), "--out", str(tmp_path / "x")], "cannot load the model in"),
+        ([str(out), "--out", str(tmp_path / "x")], "is converted already: give its base model"),
     ]:
         failed = run.invoke(app, ["convert", *arguments])
         assert isinstance(failed.exception, UserError)
