@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nestlearn.errors import UserError
 from nestlearn.ops.backend import backend, by_reference
-from nestlearn.ops.linear import LinearKernel
+from nestlearn.ops.linear import LinearKernel, Packed
 from nestlearn.ops.linear_adjoint import LinearSegments
 from nestlearn.ops.mlp import MLPKernel
 from nestlearn.ops.mlp_adjoint import MLPSegments
@@ -137,9 +137,7 @@ def by_chunks(
         if known == len(distinct):
             distinct.append(value)
     split = [value.contiguous().split(sizes, dim=2) for value in distinct]
-    advance: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]] = partial(
-        step, kernel
-    )
+    advance: Callable[..., tuple[Tensor, Tensor, Packed, Packed, Tensor | None]] = partial(step, kernel)
     if transformed():
         pass  # by autograd alone
     elif isinstance(kernel, LinearKernel) and LinearSegments.covers(kernel):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from nestlearn.nn import step_sizes
 from nestlearn.tasks.core import SCALES, babilong
 from nestlearn.tasks.core.babi import END, NAMES, Background, Question, Teller, Vocabulary
 from nestlearn.tasks.core.babilong import MODELS, RECIPES, climb, plan, section, train_one
@@ -153,6 +154,20 @@ def test_a_model_learns_to_find_the_last_fact(data: str) -> None:
     result = train_one("qa1", "hope", 1e-2, 0, data=data, **cell)
     assert result["curve"][0][2] > 3
     assert result["curve"][-1][2] < 0.6  # a guess among four places and a certain end: ln 4 / 2 is 0.69
+
+
+def test_a_cost_teaches_to_write_less(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, build = [], babilong.language_model
+    monkeypatch.setattr(babilong, "language_model", lambda *given: made.append(build(*given)) or made[-1])
+    cell = CELL | {"stages": [[0, 5, True], [40, 30, True]], "ladder": [], "options": {"stretch": 0.1}}
+    for cost in (0.0, 10.0):
+        train_one("qa1", "hope", 1e-2, 0, data=data, **cell, cost=cost)
+    means = []
+    for network in made:
+        with torch.no_grad(), step_sizes(network) as sizes:
+            network(torch.arange(40)[None])
+        means.append(float(torch.stack(sizes).mean()))
+    assert means[1] < 0.5 * means[0]
 
 
 @pytest.mark.parametrize("scale", SCALES)
