@@ -105,10 +105,10 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False) -> dict[str, An
         phases = _phases(recipe, data, out)
         join().wait_for_everyone()  # until all have looked at the folder
         busy = f"another process trains in {out}: wait for it, or give another folder with --out"
-        with alone(out / LOCK, busy) if join().is_main_process else nullcontext():
-            if not resume:
-                if join().is_main_process:
-                    _check_folder(out, resume)  # again, as another process may have trained here in the meantime
+        first = join().is_main_process
+        with alone(out / LOCK, busy) if first else nullcontext():
+            if first and not resume:
+                _check_folder(out, resume)  # again, as another process may have trained here in the meantime
                 _write_recipe(recipe, out)
             return _run(recipe, phases, data, out)
     except KeyboardInterrupt as error:

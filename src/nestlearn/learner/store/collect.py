@@ -54,7 +54,7 @@ def collect(folder: Path, known: References) -> Removed:
     gone = [identity for identity in snapshot.listed(folder) if identity not in kept]
     files = [snapshot.path_of(folder, identity) for identity in _children_first(folder, known, gone)]
     if files:
-        references.write(folder, known)  # as it is, so that the previous version does not need them either
+        references.settle(folder)
     freed = _remove(files, folder / snapshot.SNAPSHOTS)
     grafts = {identity: graft for identity, graft in known.grafts.items() if identity in kept}
     if grafts != known.grafts:
@@ -101,8 +101,8 @@ def prune(folder: Path, known: References, at: str | None, keep_last: int) -> Re
     if not victims:
         return Removed(0, 0, 0)
     known.grafts = {i: graft for i, graft in grafts.items() if i in changed or i in known.grafts}
-    for _ in range(2):  # the previous version must not need what is removed either
-        references.write(folder, known)
+    references.write(folder, known)
+    references.settle(folder)
     freed = _remove([snapshot.path_of(folder, victim.id) for victim in victims], folder / snapshot.SNAPSHOTS)
     loose = _objects_of(victims) - _objects_of(readable.values())
     paths = [path for path in (objects.path_of(folder, digest) for digest in sorted(loose)) if path.exists()]

@@ -83,12 +83,17 @@ def read(folder: Path) -> References:
 
 
 def write(folder: Path, references: References) -> None:
+    settle(folder)
+    value = {"format": FORMAT, **asdict(references)}
+    write_json(folder / FILE, {**value, "sha256": _digest(value)})
+
+
+def settle(folder: Path) -> None:
+    """Let the previous version be what the file holds now, as before something is removed that only it still names."""
     path = folder / FILE
     if path.exists():
-        before = path.read_bytes()
-        write_atomic(folder / PREVIOUS, lambda beside: beside.write_bytes(before))
-    value = {"format": FORMAT, **asdict(references)}
-    write_json(path, {**value, "sha256": _digest(value)})
+        now = path.read_bytes()
+        write_atomic(folder / PREVIOUS, lambda beside: beside.write_bytes(now))
 
 
 def _digest(value: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""The layers of `nestlearn.nn` as memories: the mixers around `nestlearn.ops`, and the continuum memory.
+"""The layers of `nestlearn.nn` as memories: the mixers around `nestlearn.ops`, and the continuum memory; and the levels
+of a model of `nestlearn.convert`.
 
-`nn` stands above `levels` and imports from it, so its classes are looked up when a model is described and not when this
-module is loaded; and only if someone has loaded them, as whoever built such a layer has.
+Both packages stand above `levels`, so their classes are looked up when a model is described and not when this module
+is loaded; and only if someone has loaded them, as whoever built such a layer has.
 """
 
 from __future__ import annotations
