@@ -16,7 +16,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from nestlearn.models.hope import HopeForCausalLM
-from nestlearn.nn import step_sizes
 from nestlearn.tasks.core.babi import (
     END,
     NAMES,
@@ -40,7 +38,7 @@ from nestlearn.tasks.core.babi import (
 )
 from nestlearn.tasks.core.models import Size, language_model
 from nestlearn.tasks.core.reading import MemoryMeter, advance, answer, tensor_bytes
-from nestlearn.tasks.core.step import descend
+from nestlearn.tasks.core.step import COST, WRITES_COST, descend, with_cost
 from nestlearn.tasks.datasets import lacking
 from nestlearn.tasks.layout import PALETTE, legend_below, panel_grid, save_figure, table
 from nestlearn.tasks.plan import Plan, Row
@@ -56,12 +54,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deltanet": ("deltanet", {}),
     "hope": ("hope", {}),
     "hope, no decay": ("hope", {"decay": False}),
-    # Nothing is forgotten by the clock, steps can be zero, and each costs something: what is kept stays as it is.
-    "hope, writes cost": ("hope", {"decay": False, "stretch": 0.1}),
-    "deltanet, writes cost": ("deltanet", {"stretch": 0.1}),
+    **WRITES_COST,
 }
-# Nats for a mean step size of 1 on streams with background, added to the loss.
-COSTS = {"hope, writes cost": 10.0, "deltanet, writes cost": 10.0}
 TEXTS = ("wikitext2/train.txt", "wikitext2/valid.txt", "wikitext2/test.txt")  # the first to train, the others to test
 MIB = 2**20
 
@@ -132,7 +126,7 @@ def plan(scale: str, data: str | None) -> Plan:
             longest = LONGEST[scale] if model == "hope" and task == next(iter(NAMES)) else []
             ladder = [*RECIPES[scale]["ladder"], *longest]
             arguments = {"task": task, "model": model, "options": options, "ladder": ladder}
-            cost = {"cost": COSTS[name]} if name in COSTS else {}
+            cost = {"cost": COST} if name in WRITES_COST else {}
             rows.append(Row(task, name, arguments | cost, absent))
     return Plan("babilong", train_one, recipe, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
@@ -270,11 +264,10 @@ def train(
             length = longest if generator.random() < 0.5 else int(generator.choice(lengths))
             rows = max(1, min(batch, most // max(length, 1)))
             examples = [teller.example(length, bool(only_answer), generator) for _ in range(rows)]
-            with step_sizes(network) if cost and length else nullcontext([]) as sizes:
-                loss = loss_of(network, examples, device)
-            paid = cost * torch.stack([eta.mean() for eta in sizes]).mean() if sizes else 0.0
+            forward = functools.partial(loss_of, network, examples, device)
+            loss, paid = with_cost(network, cost if length else 0.0, forward)
             rate = lr * min(done / WARMUP, (total - done + 1) / (FALL * total), 1)
-            if not descend(network, optimizer, loss + paid, rate):
+            if not descend(network, optimizer, paid, rate):
                 return False
             if step % 50 == 0 or step == steps - 1:
                 curve.append([done, length, loss.item()])
@@ -398,7 +391,7 @@ def _short(length: int) -> str:
 
 def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: Path) -> Path:
     """Against the length: accuracy in each task that was run, a panel each, then the state and the memory."""
-    colours = dict(zip((name for name in MODELS if name not in COSTS), PALETTE, strict=False))
+    colours = dict(zip((name for name in MODELS if name not in WRITES_COST), PALETTE, strict=False))
     run = [task for task, models in found.items() if any(map(_lengths, models.values()))]
     keys = [(task, "accuracy", f"{task}: right answers (percent)") for task in run]
     keys += [(None, "state", "state of a stream (MiB)"), (None, "memory", "memory in use (MiB)")]
@@ -411,7 +404,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: P
                 points = [(n, outcome["mean"][f"{key} {n}"]) for n in _lengths(outcome)]
                 width = 2.5 if base(name) == "hope" else 1.4
                 # Rows whose writes cost are dashed, in the colour of their model.
-                colour, line = (colours[base(name)], "o--") if name in COSTS else (colours[name], "o-")
+                colour, line = (colours[base(name)], "o--") if name in WRITES_COST else (colours[name], "o-")
                 axes.plot(*zip(*points, strict=True), line, color=colour, label=name, linewidth=width)
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log")

@@ -19,6 +19,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from nestlearn.tasks.core.needles import (
     share_found,
 )
 from nestlearn.tasks.core.paper import TABLE_1, TABLE_1_LENGTHS
-from nestlearn.tasks.core.step import descend
+from nestlearn.tasks.core.step import COST, WRITES_COST, descend, with_cost
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 from nestlearn.tasks.plan import Plan, Row
 from nestlearn.tasks.report import base, differences, measured, order_section
@@ -64,6 +65,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "hope-attention": ("hope-attention", {}),
     "hope": ("hope", LASTING),
     "hope, no decay": ("hope", {"decay": False}),
+    **WRITES_COST,
 }
 GROWING = ("transformer", "transformer+conv", "hope-attention")  # their memory and time grow with the text
 RECIPES: dict[str, dict[str, Any]] = {
@@ -107,6 +109,7 @@ def plan(scale: str, data: str | None) -> Plan:
     for name, (model, options) in ROWS.items():
         lengths = list(usual if model in GROWING else usual + further)
         arguments = {"model": model, "lengths": lengths, "options": options}
+        arguments |= {"cost": COST} if name in WRITES_COST else {}
         rows.append(Row(SETTING, name, arguments, missing_text(data)))
     shared = RECIPES[scale] if data is not None else {**RECIPES[scale], "data": None}  # which text it is, is no place
     return Plan("niah", train_one, shared, rows, RATES[scale], SEEDS[scale], CRITERION, data)
@@ -146,13 +149,16 @@ def draw_figure(outcomes: Mapping[str, Any], lengths: Sequence[int], path: Path)
     figure = new_figure(11, 6.5)
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     trained = [run["trained_to"] for outcome in outcomes.values() for run in outcome.get("runs", [])]
+    colours = dict(zip((m for m in ROWS if m not in WRITES_COST), (GREY, *PALETTE[1:], PALETTE[0]), strict=True))
     for axes, task in zip(panels.flat, TASKS, strict=True):
-        for model, colour in zip(ROWS, (GREY, *PALETTE[1:], PALETTE[0]), strict=True):
+        for model in ROWS:
+            # Rows whose writes cost are dashed, in the colour of their model.
+            colour, line = (colours[base(model)], "o--") if model in WRITES_COST else (colours[model], "o-")
             mean = outcomes.get(model, {}).get("mean", {})
             points = [(n, mean[score_name(task, n)]) for n in lengths if score_name(task, n) in mean]
             xs, ys = zip(*points, strict=True) if points else ((), ())
             width = 2.4 if base(model) == "hope" else 1.2
-            axes.plot(xs, ys, "o-", color=colour, markersize=4, linewidth=width, label=model)
+            axes.plot(xs, ys, line, color=colour, markersize=4, linewidth=width, label=model)
         for length in set(trained):
             axes.axvline(length, color=GREY, linestyle=":")
         axes.set_title(task, fontsize=11)
@@ -188,6 +194,7 @@ def train_one(
     shortest: int = 64,
     longest: int = 1024,
     samples: int = 20,
+    cost: float = 0.0,
     data: str | None = None,
     device: str = "cpu",
     log: Callable[[str], None] | None = None,
@@ -206,6 +213,7 @@ def train_one(
         steps, tokens: optimizer steps, symbols of each (their rows' prompts together).
         shortest, longest: of training, in symbols of the prompt; between them all doublings of the shortest.
         samples: of each task and length in the test, and of each task in validation.
+        cost: of writing, added to the loss after the dense steps: nats for a mean step size of 1.
         data: the folder that has wikitext2, or ``None`` for the standard library's sources.
         device: a torch device.
         log: gets a line at every point of the curve and for every length of the test.
@@ -239,9 +247,10 @@ def train_one(
 
     network.train()
     for step in range(1, steps + 1):
-        some = training_samples(step <= DENSE * steps, doublings, tokens, library, needle, generator)
-        loss = loss_of(network, some, library)
-        if not descend(network, optimizer, loss, lr * schedule(step, steps)):
+        dense = step <= DENSE * steps
+        some = training_samples(dense, doublings, tokens, library, needle, generator)
+        loss, paid = with_cost(network, 0.0 if dense else cost, partial(loss_of, network, some, library))
+        if not descend(network, optimizer, paid, lr * schedule(step, steps)):
             return result | {"diverged": True, "steps": step}
         losses.append(loss.item())
         if step % every == 0 or step == steps:
