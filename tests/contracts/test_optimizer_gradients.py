@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -42,6 +43,29 @@ def test_large_finite_gradients_are_not_refused():
     p.grad = torch.full((1000,), 1e38)  # their sum is not finite in float32
     optim.Momentum([p], lr=1e-30).step()
     assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-20, 1.0, 1e15, 1e20, 1e36])
+def test_no_size_of_gradients_spoils_the_weights(make, size, on_cpu, monkeypatch):
+    """From the smallest float32 to squares that overflow: a step is taken or the gradient is refused."""
+    if not on_cpu:
+        monkeypatch.setattr(base, "_on_cpu", lambda tensors: False)
+        monkeypatch.setattr(base, "_copy_to_host", lambda flags: (flags.clone(), lambda: None))
+    model = Small()
+    optimizer = make(model)
+    before = copy.deepcopy(model)
+    refused = optimizer._squares and size > 1e19
+    expected = pytest.raises(NotFiniteGradient, match="too large to be squared") if refused else nullcontext()
+    with expected:
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p) * size
+            optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    if size < 1:  # what is smaller than the weights moves them by what the rule allows, never by more
+        pairs = zip(model.parameters(), before.parameters(), strict=True)
+        assert max((p - q).abs().max().item() for p, q in pairs) < 0.5
 
 
 def test_on_an_accelerator_the_refusal_comes_a_step_later_and_nothing_is_spoiled(make, monkeypatch):

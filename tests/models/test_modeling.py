@@ -203,6 +203,14 @@ def trainer(folder: Path, model: HopeForCausalLM, steps: int, **options: Any) ->
     return Trainer(model=model, args=arguments, train_dataset=Copies(), eval_dataset=Copies())
 
 
+def test_the_trainer_smooths_labels_of_the_next_token(tmp_path: Path) -> None:
+    """Where it takes the loss itself, it has to know that a Hope model's labels are to be shifted."""
+    model, tokens = hope(["hope", "attention"], cms_chunk_sizes=[4, 8]).train(), ids(2, 12)
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=1e-6)
+    loss = Trainer(model, args).compute_loss(model, {"input_ids": tokens, "labels": tokens.clone()})
+    torch.testing.assert_close(loss, model(tokens, labels=tokens).loss, rtol=1e-4, atol=0)
+
+
 def test_trainer_fits_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     kinds = {"block_types": ["hope", "hope-attention"], "cms_chunk_sizes": [4, 8], "initializer_range": 0.02}
     whole = trainer(tmp_path / "whole", hope(**kinds).train(), 5)

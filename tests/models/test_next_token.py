@@ -253,3 +253,19 @@ def test_an_adapter_that_a_learning_level_would_leave_out_is_refused(online: str
     with pytest.raises(UserError, match="a level that learns along the sequence writes to plain linear layers"):
         adapted(ids(1, 12))
     peft.get_peft_model(make(None).float(), peft.LoraConfig(target_modules=["up"]))(ids(1, 12))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_hidden_states_are_of_the_new_tokens_however_the_text_is_cut(grad: bool) -> None:
+    model, tokens = make(), ids(2, 14)
+    with torch.set_grad_enabled(grad):
+        whole = model(tokens, output_hidden_states=True)
+        cache, parts = DynamicCache(config=model.config), []
+        for piece in tokens.split([3, 2, 1, 8], dim=1):
+            parts.append(model(piece, past_key_values=cache, output_hidden_states=True).hidden_states)
+    assert len(whole.hidden_states) == model.config.num_hidden_layers + 1
+    torch.testing.assert_close(model.lm_head(whole.hidden_states[-1]), whole.logits)
+    for number, states in enumerate(whole.hidden_states):
+        torch.testing.assert_close(torch.cat([part[number] for part in parts], 1), states)
+        assert states.requires_grad == grad
+    assert model(tokens).hidden_states is None

@@ -34,10 +34,12 @@ class MemoryOptimizer(Optimizer):
     half-precision parameters and of the parameter's own type otherwise.
 
     A gradient that is not finite raises `NotFiniteGradient` with the parameter's name (its position, if the groups
-    were built without names). On a CPU that happens before anything is changed. On an accelerator nothing waits for
+    were built without names); of a rule that squares gradients, so does one whose squared norm is not finite (a norm of
+    1.8e19 and more in float32). On a CPU that happens before anything is changed. On an accelerator nothing waits for
     the device: that step sees zero gradients instead, and the next `step` or `state_dict` raises.
     """
 
+    _squares = False  # whether the rule squares gradients
     _pending: tuple[Tensor, Callable[[], None], list[Tensor]] | None = None  # a check that is under way; not copied
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -123,16 +125,20 @@ class MemoryOptimizer(Optimizer):
         if not params:
             return {}
         if _on_cpu(grads):
-            # A sum is finite only if its terms are, and is the cheapest pass; one that overflowed is looked at again.
-            finite = torch.stack([g.sum(dtype=state_dtype(g)) for g in grads]).isfinite()
+            # A norm is finite only if its terms are, and is the cheapest pass. If one overflowed and the rule squares
+            # nothing, the terms are looked at.
+            finite = torch.stack([torch.linalg.vector_norm(g, dtype=state_dtype(g)) for g in grads]).isfinite()
             if not finite.all():
                 suspects = [p for p, good in zip(params, finite.tolist(), strict=True) if not good]
-                spoiled = [self._name(p) for p in suspects if not _dense_gradient(p).isfinite().all()]
+                spoiled = [p for p in suspects if self._squares or not _dense_gradient(p).isfinite().all()]
                 if spoiled:
-                    raise NotFiniteGradient(_refusal(spoiled))
+                    raise NotFiniteGradient(self._refusal(spoiled))
         else:
             device = next((g.device for g in grads if not g.is_cpu), grads[0].device)
-            finite = torch.stack([n.to(device) for n in torch._foreach_norm(grads, math.inf)]).isfinite()
+            largest = [n.to(state_dtype(n)) for n in torch._foreach_norm(grads, math.inf)]
+            if self._squares:
+                largest = [n.square() * g.numel() for n, g in zip(largest, grads, strict=True)]
+            finite = torch.stack([n.to(device) for n in largest]).isfinite()
             self._pending = (*_copy_to_host(finite), params)
             every = finite.all()
             grads = [torch.where(every.to(g.device), g, 0) for g in grads]
@@ -145,8 +151,14 @@ class MemoryOptimizer(Optimizer):
         self._pending = None
         wait()  # for the step before: done long since
         if not flags.all():
-            names = [self._name(p) for p, good in zip(params, flags.tolist(), strict=True) if not good]
-            raise NotFiniteGradient(_refusal(names, "; that step saw zero gradients"))
+            spoiled = [p for p, good in zip(params, flags.tolist(), strict=True) if not good]
+            raise NotFiniteGradient(self._refusal(spoiled, "; that step saw zero gradients"))
+
+    def _refusal(self, spoiled: list[Tensor], after: str = "") -> str:
+        names = [self._name(p) for p in spoiled]
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        fault = "is not finite" + (", or too large to be squared" if self._squares else "")
+        return f"the gradient of {listed} {fault}{after}: lower the learning rate or clip the gradients"
 
     def _place(self, p: Tensor, group: dict[str, Any]) -> None:
         """The memory of a parameter that was frozen when it was added, or that has moved to another device."""
@@ -183,11 +195,6 @@ def _copy_to_host(flags: Tensor) -> tuple[Tensor, Callable[[], None]]:
     event = torch.Event(flags.device)
     event.record()
     return copy, event.synchronize
-
-
-def _refusal(names: list[str], after: str = "") -> str:
-    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"the gradient of {listed} is not finite{after}: lower the learning rate or clip the gradients"
 
 
 def state_dtype(p: Tensor) -> torch.dtype:

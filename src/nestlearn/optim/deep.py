@@ -48,6 +48,8 @@ class DeepMomentum(MemoryOptimizer):
     >>> DeepMomentum(layer.parameters(), lr=1e-3).step()
     """
 
+    _squares = True
+
     def __init__(
         self,
         params: Any,
@@ -90,8 +92,10 @@ class DeepMomentum(MemoryOptimizer):
         outputs.read_into(params, reads, float(group["lr"]), group["output"])
 
     def _write_and_read(self, group: dict[str, Any], g: Tensor, state: State) -> Tensor:
-        u = _rows(g)
-        k = u / u.square().mean().sqrt().clamp(min=torch.finfo(u.dtype).tiny)
+        # By the largest element first: squares of a tiny gradient would be zero.
+        tiny = torch.finfo(g.dtype).tiny
+        u = _rows(g / g.abs().amax().clamp(min=tiny))
+        k = u / u.square().mean().sqrt().clamp(min=tiny)
         v = -(group["value"](k) if group["value"] else k)
         memory, objective = MLPMemory(u.shape[-1], u.shape[-1], group["hidden"], skip=False), _objective(group)
         w1, w2 = state["w1"], state["w2"]
@@ -99,7 +103,7 @@ class DeepMomentum(MemoryOptimizer):
         for _ in range(group["inner_steps"]):
             error = objective.error(memory.read((w1, w2), k), v)
             for w, (left, right) in zip((w1, w2), memory.factors((w1, w2), k, error), strict=True):
-                step = group["inner_lr"] / right.square().sum().clamp(min=torch.finfo(u.dtype).tiny)
+                step = group["inner_lr"] / right.square().sum().clamp(min=tiny)
                 w.sub_(step * (left.mT @ right))
         return memory.read((w1, w2), k)
 

@@ -104,7 +104,8 @@ class GGD(LayerOptimizer):
 
     Rows are those of `torch.nn.Linear` and convolutions, as for `DGD`. Embeddings, biases and every other parameter
     follow plain gradient descent ``W - lr * grad``. Factors that reach ``p.grad`` after the backward pass (clipping,
-    loss scaling, averaging over processes) are applied to dL/dy_b too.
+    loss scaling, averaging over processes) are applied to dL/dy_b too; what else is in ``p.grad``, as the gradient of a
+    penalty on the weights, is descended as it is.
 
     The rows (n, k) and (n, o) of every layer stay in memory until the step; a step costs one and ``2 * steps`` matrix
     products with them.
@@ -180,7 +181,8 @@ class Samples:
 
     The backward pass gives dL/dy_b of the mean loss; n times that is the gradient of the loss L_b of one row, and the
     mean of ``delta_b x_b^T`` is ``p.grad``. What has since multiplied ``p.grad`` (clipping, a loss scale, the number of
-    processes) is the factor between the two; it is found by projection.
+    processes) is the factor between the two; it is found by projection. What remains of ``p.grad`` came by another way
+    than these rows and is in every gradient as it is.
     """
 
     def __init__(self, pairs: Pairs, p: Tensor, grad: Tensor) -> None:
@@ -195,7 +197,8 @@ class Samples:
             raw += delta.mT @ x
         over_processes(raw)
         self._sound = raw.isfinite().all()
-        self._scale = self.rows * (grad * raw).sum() / raw.square().sum().clamp(min=torch.finfo(raw.dtype).tiny)
+        factor = (grad * raw).sum() / raw.square().sum().clamp(min=torch.finfo(raw.dtype).tiny)
+        self._scale, self._rest = self.rows * factor, grad - factor * raw
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys x (n, k) and gradients delta (n, o) in pieces, with groups in front if there are any."""
@@ -218,7 +221,7 @@ class Samples:
         total = torch.zeros_like(w)
         for x, delta in self:
             total += memory.gradient((w,), x, value(x, delta), objective)[0]
-        return torch.where(self._sound, over_processes(total) / self.rows, 0)
+        return torch.where(self._sound, over_processes(total) / self.rows + self._rest, 0)
 
 
 def descend(parameters: list[tuple[Tensor, Tensor]], lr: float) -> None:

@@ -67,7 +67,7 @@ def pieces(module: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Te
 def keys_of(module: nn.Module, x: Tensor) -> Tensor:
     """The rows that the weight of a linear layer or convolution multiplies: (n, k) or (groups, n, k)."""
     if not isinstance(module, Convolution):
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not by -1: a width may be 0
     keys = patches(module, x)
     return keys[0] if module.groups == 1 else keys
 
@@ -75,7 +75,7 @@ def keys_of(module: nn.Module, x: Tensor) -> Tensor:
 def answers_of(module: nn.Module, y: Tensor) -> Tensor:
     """The rows that belong to `keys_of` in the output, or in dL/dy: (n, o) or (groups, n, o / groups)."""
     if not isinstance(module, Convolution):
-        return y.reshape(-1, y.shape[-1])
+        return y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
     rows = y.unflatten(1, (module.groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
     return rows[0] if module.groups == 1 else rows
 
@@ -196,11 +196,12 @@ class Grams(Inputs):
         for part, _ in pieces(module, x, y):
             keys = keys_of(module, part).to(total.dtype)
             total += keys.mT @ keys
-        self._rows[weight] = rows + y.numel() // weight.shape[0]
+            rows += keys.shape[-2]
+        self._rows[weight] = rows
 
     def _nothing(self, weight: Tensor, device: torch.device) -> Tensor:
         kind, groups = self.kinds[weight]
-        k = weight[0].numel()
+        k = math.prod(weight.shape[1:])
         square = (k, k) if groups == 1 else (groups, k, k)
         shape = (weight.shape[0],) if kind == "table" else square
         return torch.zeros(shape, dtype=state_dtype(weight), device=device)
@@ -271,7 +272,7 @@ class Pairs(Inputs):
         """How many rows the weight read, over all processes; 0 for a weight that is not watched."""
         if weight not in self.kinds:
             return 0
-        rows = sum(delta.numel() for delta in self._deltas.get(weight, {}).values()) // weight.shape[0]
+        rows = sum(delta.numel() for delta in self._deltas.get(weight, {}).values()) // max(1, weight.shape[0])
         return int(over_processes(torch.tensor(rows, device=weight.device))) if parallel() else rows
 
     def of(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

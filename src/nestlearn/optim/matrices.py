@@ -56,6 +56,8 @@ class MatrixOptimizer(MemoryOptimizer):
     schedule scales both. A group given with ``adam=True`` goes to AdamW whole: embeddings and output heads should.
     """
 
+    _squares = True
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split into its matrices and the rest unless it says ``adam``."""
         group = dict(param_group)

@@ -78,6 +78,8 @@ class PreconditionedMomentum(Momentum):
     >>> PreconditionedMomentum(layer.parameters(), lr=1e-3).step()
     """
 
+    _squares = True
+
     def __init__(
         self,
         params: Any,

@@ -15,7 +15,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    AutoModel,
+    AutoModelForCausalLM,
+)
 from transformers.utils.generic import can_return_tuple
 
 from nestlearn.errors import UserError
@@ -251,14 +255,25 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
         self.model.check_cache(cache, input_ids)
 
+        pieces: list[tuple[Tensor, ...]] = []  # the states of each read, where they are asked for
+        outer = torch.is_grad_enabled()
+
         def read(tokens: Tensor, cache: Cache) -> Tensor:
-            return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs).last_hidden_state
+            outputs = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **kwargs)
+            if outputs.hidden_states is not None:
+                pieces.append(tuple(h if outer else h.detach() for h in outputs.hidden_states))
+            return outputs.last_hidden_state
 
         memories = [block.memory for block in self.model.layers]
         hidden = read_and_learn(read, self.lm_head, memories, input_ids, cache)  # type: ignore[arg-type]
+        # Before the new tokens stand those of an open segment, which were read again.
+        new = [torch.cat(parts, 1) for parts in zip(*pieces, strict=True)]
+        states = tuple(h[:, h.shape[1] - hidden.shape[1] :] for h in new)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=cache if use_cache else None, hidden_states=states or None
+        )
 
     # config.max_position_embeddings is a record and no limit: no default length ends there, and no warning is due.
 
@@ -304,3 +319,5 @@ def permute(states: Float[Tensor, "B T D"], order: Int[Tensor, "B T"] | None) ->
 
 AutoModel.register(HopeConfig, HopeModel)
 AutoModelForCausalLM.register(HopeConfig, HopeForCausalLM)
+# By this table the Trainer knows whose labels it has to shift where it takes the loss itself (label smoothing).
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HopeConfig.model_type] = HopeForCausalLM.__name__
