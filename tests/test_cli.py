@@ -99,6 +99,8 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (["eval", "--suite", "core", "--only", "formal,mda"], "unknown task 'mda'"),
         (["eval", "--suite", "core", "--workers", "0"], "--workers is the number of processes, 1 or more, got 0"),
         (["generate", "absent", "--prompt", "x"], "no model folder 'absent'"),
+        (["generate", "~nosuchuser/x", "--prompt", "x"], "model folder '~nosuchuser/x' cannot be looked up"),
+        (["pull", "smollm2", "--to", "~nosuchuser/x"], "folder '~nosuchuser/x' cannot be looked up"),
         (["generate"], "Missing argument 'model'"),
         (["bench"], "Missing argument 'suite'"),
         (["bench", "optm"], "unknown suite 'optm'; did you mean 'optim'? (allowed: optim, speed)"),
@@ -183,6 +185,23 @@ def test_eval(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     code, out, err = run(capsys, monkeypatch, "eval", baseline, "--data", data, "--carry-state")
     assert (code, out) == (2, "")
     assert "'hope' blocks" in err
+
+
+def test_eval_of_a_model_that_does_not_say_how_much_it_reads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: Path, tmp_path: Path
+) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    from nestlearn.data import load_tokenizer
+
+    BloomForCausalLM(BloomConfig(vocab_size=258, hidden_size=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    words = ["eval", str(tmp_path), "--data", str(trained.parent / "corpus.txt")]
+    code, _, err = run(capsys, monkeypatch, *words)
+    assert (code, err.partition(": give")[2]) == (2, " --context N\n")
+    code, out, _ = run(capsys, monkeypatch, *words, "--context", "16")
+    assert code == 0
+    assert "windows of 16 tokens" in out
 
 
 def test_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:

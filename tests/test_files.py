@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 from nestlearn.errors import UserError
-from nestlearn.files import alone, write_atomic, write_json
+from nestlearn.files import alone, uninterrupted, write_atomic, write_json
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
@@ -44,3 +46,27 @@ def test_a_lock_is_free_again_when_its_holder_is_gone(tmp_path):
     with pytest.raises(KeyboardInterrupt), alone(lock, "wait"):
         raise KeyboardInterrupt
     assert not lock.exists()
+
+
+def test_ctrl_c_waits_for_the_end_of_what_is_written_whole() -> None:
+    before, done = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with uninterrupted():
+            with uninterrupted():
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append("inner")
+            done.append("outer")
+        done.append("after")
+    assert done == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(ValueError, match="own"), uninterrupted():  # what goes wrong inside is what is raised
+        raise ValueError("own")
+
+    def elsewhere() -> None:  # no signal reaches another thread, and none may set a handler
+        with uninterrupted():
+            done.append("thread")
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert done[-1] == "thread"

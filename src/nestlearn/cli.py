@@ -165,7 +165,11 @@ def evaluate(
 
     split, documents = stream_documents(data)
     loaded, tokenizer = _load(model)
-    length = context if context is not None else loaded.config.max_position_embeddings
+    length = (
+        context if context is not None else getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    )
+    if length is None:
+        raise UserError(f"{model} does not say how long a text it takes: give --context N")
     result = evaluate_text(loaded, tokenizer, documents, context_length=length, stride=stride, carry_state=carry_state)
     if as_json:
         print_json({"model": str(model), "data": data, "split": split, **result})

@@ -153,6 +153,16 @@ def test_folder_reads_text_files_and_skips_hidden_empty_and_binary_ones(tmp_path
     assert streamed(tmp_path, "validation") == ("validation", list(corpus.validation))
 
 
+def test_the_runs_in_a_folder_are_no_text_of_it(tmp_path):
+    write(tmp_path / "notes.txt", "a line\n" * 100)
+    write(tmp_path / "more.md", "another\n" * 100)
+    before = load_corpus(tmp_path)
+    for name in ("run.toml", "metrics.jsonl", "baseline/config.json"):
+        write(tmp_path / "runs" / "tiny-1" / name, '{"no": "text"}')
+    assert load_corpus(tmp_path) == before
+    assert load_corpus(tmp_path / "runs" / "tiny-1" / "baseline").train  # asked for, it is read
+
+
 def test_folder_of_one_file_is_that_file(tmp_path):
     path = write(tmp_path / "only.txt", "a line\n" * 100)
     assert load_corpus(tmp_path).train == load_corpus(path).train
@@ -247,6 +257,11 @@ def test_names_that_no_path_can_have(source):
     assert "cannot be looked up" in message(source)
     with pytest.raises(UserError, match="cannot be looked up"):
         absolute(source, SOURCE_KEYWORDS)
+
+
+def test_a_name_that_no_recipe_can_hold():
+    with pytest.raises(UserError, match="is not UTF-8: rename it"):
+        absolute("bad\udcff.txt", SOURCE_KEYWORDS)
 
 
 def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch):

@@ -286,6 +286,7 @@ def test_a_chat_learns_saves_and_goes_back(run: Run, place: Path) -> None:
         (["learn", "-"], b"hello\0wo", "standard input is binary (it has a zero byte): pipe UTF-8 text in"),
         (["learn", "-"], b"", "standard input is empty: pipe the text in"),
         (["learn", "-", "--dry-run"], b"", "standard input is empty: pipe the text in"),
+        (["learn", "-"], b" \n\t", "standard input holds nothing but white space: pipe the text in"),
         (["learn", "/dev/null"], b"", "/dev/null is no regular file: give - and pipe its text in"),
         (["learn", "a.txt", "--name", "main"], b"", "'main' always means the branch of that name: choose another name"),
         (["learn", "a.txt", "--probe", "a.txt", "--limit", "0.5"], b"", "give 1 or more, such as 1.1 for 10 % more"),
@@ -314,6 +315,23 @@ def test_a_name_that_would_hide_what_is_learned_is_refused_in_a_chat(run: Run) -
 def test_a_converted_model_is_not_converted_again_and_its_levels_are_shown(run: Run) -> None:
     assert run("convert", "model", "--out", "new")[2] == "error: model is converted already: give its base model\n"
     assert "learned weights, level 0" in run("levels", "model")[1]
+    error = "error: base holds a model, which it would hide: give another folder with --out\n"
+    assert run("convert", "base", "--out", "base")[2] == error
+
+
+def test_a_byte_order_mark_on_standard_input_is_no_text(run: Run) -> None:
+    code, out, _ = run("learn", "model", "--store", "memory", "-", stdin=b"\xef\xbb\xbfhello there")
+    assert (code, out[:22]) == (0, "-: read 11 tokens, los")
+
+
+def test_what_an_interruption_left_unsaved_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: ContinualLearner) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ContinualLearner, "checkpoint", interrupted)
+    code, _, err = run("learn", "model", "--store", "memory", "a.txt")
+    assert code == 130
+    assert "what was learned since the last snapshot in memory is not kept, the same command goes on from there" in err
 
 
 def test_periods_without_a_common_window_are_said(run: Run) -> None:

@@ -162,6 +162,35 @@ def test_a_state_beyond_the_limit_reads_nothing(model: ContinualModel, tokenizer
     assert report.stopped is not None
 
 
+def test_a_state_beyond_the_limit_that_is_taken_up_later_stays_as_it_is(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    learner = ContinualLearner(model, tokenizer, tmp_path / "store")
+    learner.save("start")
+    learner.read(words(400))
+    bad = learner.save("bad")
+    learner.rollback("start")
+    learner.probe = RetentionProbe(KNOWN, limit=1.02)
+    learner.read("so")  # passes, and is the good state from here on
+    learner.rollback("bad")
+    assert learner.read("more").tokens == 0
+    assert learner.state.read == bad.meta["learner"]["read"]
+
+
+def test_a_probe_whose_loss_is_no_number_stops_learning(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for worse, message in ((math.nan, "is not finite"), (1e5, "times the pretrained model's")):
+        learner = ContinualLearner(model, tokenizer, probe=RetentionProbe(KNOWN, limit=1.02))
+        learner.read("so")
+        good = learner.state
+        monkeypatch.setattr(learner, "probe_loss", lambda weights=None, worse=worse: worse)
+        report = learner.read("more")
+        assert message in str(report.stopped)
+        assert learner.state.weights.keys() == good.weights.keys()
+        assert learner.state.read == good.read
+
+
 def test_no_level_goes_beyond_its_budget(
     make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:

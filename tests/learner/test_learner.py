@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from nestlearn import ContinualLearner
 from nestlearn.convert import ContinualModel, Level
 from nestlearn.errors import UserError
-from nestlearn.learner import LearnerState
+from nestlearn.learner import LearnerState, ReadReport
+from nestlearn.learner.store import references
 from tests.learner.conftest import WINDOW, words
 
 
@@ -268,3 +272,70 @@ def test_generation_reads_the_learned_weights(model: ContinualModel, tokenizer: 
     with model.using(learner.weights):
         ids = model.generate(**tokenizer("level ", return_tensors="pt"), max_new_tokens=20, do_sample=False)
     assert tokenizer.decode(ids[0]).startswith("level " + learned[:5])
+
+
+def test_ctrl_c_while_a_snapshot_is_written_waits_until_it_is_there(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = ContinualLearner(model, tokenizer, tmp_path / "store", autosave=10**6)
+    learner.read(words(10))
+    write = references.write
+
+    def interrupted(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        write(*given)
+
+    monkeypatch.setattr(references, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learner.read(words(20, seed=1))
+    monkeypatch.undo()
+    assert learner.stored
+    assert same(ContinualLearner(model, tokenizer, tmp_path / "store").state, learner.state)
+    learner.read(words(5))
+    assert list(learner.store.branches) == ["main"]  # type: ignore[union-attr]
+
+
+def test_one_step_back_is_the_text_before(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    learner = ContinualLearner(model, tokenizer, tmp_path / "store", autosave=10**6)
+    saved = []
+    for seed in range(3):
+        learner.read(words(20, seed))
+        saved.append(learner.save())
+    assert [s.id for s in learner.log()] == [s.id for s in reversed(saved)]
+    assert all(level.moved > 0 for level in learner.diff("head~1", "head").levels if level.numbers)
+    learner.rollback("head~1")
+    assert learner.state.read == saved[1].meta["learner"]["read"]
+
+
+def test_a_rollback_to_what_is_damaged_moves_nothing(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    learner = ContinualLearner(model, tokenizer, tmp_path / "store")
+    learner.read(words(20))
+    one = learner.save("one")
+    learner.read(words(20, seed=1))
+    two = learner.save("two")
+    own = {level.object for level in one.levels.values()} - {level.object for level in two.levels.values()}
+    path = tmp_path / "store" / "objects" / f"{own.pop()}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"damaged|changed|hash"):
+        learner.rollback("one")
+    assert ContinualLearner(model, tokenizer, tmp_path / "store").snapshot == two
+
+
+def test_a_state_read_with_a_longer_context_is_gone_on_with(
+    model: ContinualModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    long, short = ContinualLearner(model, tokenizer, context=2 * WINDOW), ContinualLearner(model, tokenizer, context=3)
+
+    def stop(report: ReadReport) -> None:
+        if report.tokens > 3 * WINDOW:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        long.read(words(100), source="text", on_window=stop)
+    short.state = long.state
+    assert short.read(words(100), source="text").tokens > 0
+    assert len(short.state.context) <= 3

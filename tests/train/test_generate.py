@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from nestlearn import HopeConfig, HopeForCausalLM
+from nestlearn.convert import Level, LevelsConfig, convert
 from nestlearn.data import load_tokenizer
 from nestlearn.errors import UserError
 from nestlearn.train.generate import _Relay, generate_text
@@ -85,6 +86,9 @@ def test_the_generation_config_of_the_folder_has_no_effect(llama, monkeypatch):
     monkeypatch.setattr(llama, "generation_config", own)
     assert [generate_text(llama, BYTES, "x", max_new_tokens=20, **option) for option in options] == plain
     assert llama.generation_config is own
+    converted = convert(llama, LevelsConfig(levels=(Level(16, 1e-3),), layers="all"))
+    assert [generate_text(converted, BYTES, "x", max_new_tokens=20, **option) for option in options] == plain
+    assert converted.unload().generation_config is own
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])

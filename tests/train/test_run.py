@@ -172,7 +172,7 @@ def test_what_training_needs_is_asked_for_before_anything_is_written(
 
 def test_curves_are_a_picture(tmp_path: Path) -> None:
     rows = [{"tokens": 10 * i, "loss": 5.0 / i} for i in range(1, 9)] + [{"tokens": 80, "eval_loss": 0.7}]
-    plot_curves(tmp_path / "curves.png", {"hope": rows, "transformer++": rows, "empty": []}, "title")
+    plot_curves(tmp_path / "curves.png", {"hope": rows, "transformer++": rows, "empty": []}, "on a_$b_$.txt")
     content = (tmp_path / "curves.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000

@@ -106,6 +106,8 @@ def convert(
 
     if (out / LEVELS).exists():
         raise UserError(f"{out} holds a converted model already: give another --out, or remove it")
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds a model, which it would hide: give another folder with --out")
     chunks = _numbers("--periods", periods, int)
     count = len(chunks)
     if lr is None and rule in RULES and rule != "adamw":

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nestlearn.data.text_files import find_path
 from nestlearn.errors import UserError, nearest
 from nestlearn.files import make_readable, sync_file
 
@@ -65,7 +66,7 @@ def model_folder(name: str | Path) -> Path:
     >>> model_folder("runs/tiny-1").name
     'tiny-1'
     """
-    path = Path(name).expanduser()
+    path = find_path(name, "model folder")
     if str(name) not in MODELS or path.exists():
         return path
     folder = _cache(str(name))
@@ -92,7 +93,7 @@ def pull(name: str, to: str | Path | None = None, report: Callable[[str], object
     if name not in MODELS:
         raise UserError(f"unknown model {name!r} to pull: {nearest(name, MODELS)}")
     model = MODELS[name]
-    folder = _cache(name) if to is None else Path(to).expanduser().absolute()
+    folder = _cache(name) if to is None else find_path(to, "folder").absolute()
     if _is_pulled(folder, name):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

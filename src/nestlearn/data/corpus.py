@@ -28,6 +28,7 @@ SPLITS = {
 # parts ("train-00000-of-00002").
 SPLIT_STEM = re.compile(r"(?:.+\.)?([a-z]+)(?:-\d+-of-\d+)?")
 SPLIT_SUFFIXES = (".txt", ".tokens", ".raw", ".jsonl", ".parquet")
+RECIPE = "run.toml"  # of a folder that `nestlearn train` made: what is in there is no text to learn from
 ALLOWED = "'stdlib', a UTF-8 text file, a folder, a .jsonl or .parquet file, or hf:NAME[:CONFIG]"
 
 
@@ -212,13 +213,15 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _folder_files(folder: Path) -> tuple[list[Path], int]:
-    """The files below a folder, by name, without hidden, blank and binary ones; and how many were binary."""
+    """The files below a folder, by name, without hidden, blank and binary ones and those of runs; and how many were
+    binary."""
     files: list[Path] = []
     skipped = 0
     with text_files.readable(folder):
+        runs = {path.parent for path in folder.rglob(RECIPE)} - {folder}
         for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if hidden or not path.is_file() or path.stat().st_size == 0:
+            if hidden or not runs.isdisjoint(path.parents) or not path.is_file() or path.stat().st_size == 0:
                 continue
             if path.suffix.lower() != ".parquet" and text_files.is_binary(path):
                 skipped += 1

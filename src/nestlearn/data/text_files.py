@@ -75,6 +75,8 @@ def absolute(name: str, keywords: Iterable[str]) -> str:
     colon), even if the working folder has a file of that name."""
     if not name or name.partition(":")[0] in keywords:
         return name
+    if any("\ud800" <= character <= "\udfff" for character in name):  # bytes of a name that cannot be written down
+        raise UserError(f"the name {name!r} is not UTF-8: rename it")
     path = find_path(name, "path")
     return str(path.resolve()) if path.exists() else name
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestlearn.errors import UserError
-from nestlearn.json_option import Json
+from nestlearn.json_option import Json, print_json
 
 if TYPE_CHECKING:
     from nestlearn.learner.learner import ContinualLearner
@@ -73,6 +73,7 @@ def learn(
             if path is not None and not path.is_file():
                 raise UserError(f"no file {str(path)!r}: give a text, .jsonl or .parquet file")
         kept = "nothing was read, the store is as it was"
+        command = "without --again the same command" if again else "the same command"
         results = []
         try:
             learner = _learner(model, store, branch, context, _probe(probe, limit), autosave, not dry_run)
@@ -81,7 +82,6 @@ def learn(
             if dry_run:
                 learner, kept = learner.fork(), "nothing was kept"  # a fork has no store
             else:
-                command = "without --again the same command" if again else "the same command"
                 kept = f"all before is saved in {store}, {command} goes on from there"
             for source, path in texts.items():
 
@@ -104,13 +104,15 @@ def learn(
                 if report.stopped:
                     break
         except KeyboardInterrupt as stop:
+            if learner is not None and learner.store is not None and learner.unsaved and not learner.stored:
+                kept = f"what was learned since the last snapshot in {store} is not kept, {command} goes on from there"
             print(f"interrupted: {kept}", file=sys.stderr)
             raise SystemExit(130) from stop
         snapshot = None if dry_run else _keep(learner, name)
     at = branch if learner.store is None else learner.store.branch
     if as_json:
         end = {"store": str(store), "branch": at, "snapshot": snapshot, "dry_run": dry_run}
-        print(json.dumps({"model": model, "reads": results, **end}))
+        print_json({"model": model, "reads": [_finite(result) for result in results], **end})
     elif dry_run:
         print(f"a dry run: {store} is as it was")
     elif snapshot is None:
@@ -192,6 +194,11 @@ def _measured(learner: ContinualLearner, when: str, text: Any) -> dict[str, floa
     return {when: learner.loss(text)} | ({f"probe_{when}": learner.probe_loss()} if learner.probe else {})
 
 
+def _finite(result: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity; a loss that is one is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+
+
 def _print_read(result: dict[str, Any], report: ReadReport) -> None:
     print(f"{result['source']}: {report}")
     if "before" in result:
@@ -238,17 +245,20 @@ def _stdin() -> Iterator[str]:
 
     if sys.stdin is None:
         raise UserError("- reads standard input, which is closed: pipe the text in")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    empty = True
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    empty = blank = True
     try:
         while raw := sys.stdin.buffer.read(1 << 14):
             if b"\0" in raw:
                 raise UserError("standard input is binary (it has a zero byte): pipe UTF-8 text in")
-            empty = False
-            yield decoder.decode(raw)
+            text, empty = decoder.decode(raw), False
+            blank = blank and not text.strip()
+            yield text
         yield decoder.decode(b"", final=True)
-        if empty:
-            raise UserError("standard input is empty: pipe the text in")
+        if blank:
+            raise UserError(
+                f"standard input {'is empty' if empty else 'holds nothing but white space'}: pipe the text in"
+            )
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text: convert it") from None
     except OSError as error:

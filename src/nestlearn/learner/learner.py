@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestlearn.convert import ContinualModel, LevelsConfig, base_hash, convert
 from nestlearn.errors import UserError
+from nestlearn.files import uninterrupted
 from nestlearn.learner.guards import RetentionProbe
 from nestlearn.learner.reading import Reading, mean_loss
 from nestlearn.learner.report import ReadReport, Tally
@@ -111,6 +112,11 @@ class ContinualLearner:
             return self.state.read > 0
         return self._saved is not self.state or self.snapshot.automatic
 
+    @property
+    def stored(self) -> bool:
+        """Whether the store has the state as it is now, in a snapshot of any kind."""
+        return self._saved is self.state
+
     def read(
         self,
         text: Text,
@@ -136,14 +142,14 @@ class ContinualLearner:
         known = None if source is None or again else self.state.sources.get(source)
         windows = Windows(text, self.tokenizer, self.reading.window, source, known)
         tally, began = Tally(self.state, known), self.state
-        reason = self._over_limit()
-        if reason is None and (known is None or self.state.reading != source):
+        if (reason := self._over_limit()) is not None:  # as it was opened: it stays as it is
+            return tally.report(self.state, reason)
+        if known is None or self.state.reading != source:
             self.state = self.state.opened(source)
             if self.probe is not None:
                 self._good = self.state
         try:
-            if reason is None:
-                reason = self._read(windows, tally, on_window)
+            reason = self._read(windows, tally, on_window)
         except KeyboardInterrupt:
             if self._over_limit() is not None:
                 self._turn_back()
@@ -232,9 +238,12 @@ class ContinualLearner:
 
     def rollback(self, ref: str) -> Snapshot:
         """Go back to a snapshot: a name, an id or its first digits, "head", "head~2". Nothing is removed."""
-        snapshot = self._stored().rollback(ref)
-        self._open(snapshot.id)
-        return snapshot
+        store = self._stored()
+        found = store.get(ref)
+        state = LearnerState.restore(*self._load(found.id))  # before anything moves: it may be damaged
+        self.snapshot = store.rollback(found.id)
+        self.state = self._saved = state
+        return self.snapshot
 
     def forget(self) -> None:
         """Back to the pretrained weights, with nothing read. The snapshots stay."""
@@ -254,7 +263,10 @@ class ContinualLearner:
 
     def merge(self, a: str, b: str, weight: float = 0.5, name: str | None = None) -> Snapshot:
         """Go on from the average of what two snapshots learned, ``weight`` of it from b: see `Store.merge`."""
-        snapshot = self._stored().merge(a, b, weight, name, start=self._start)
+        store = self._stored()
+        for ref in (a, b):
+            self._check_levels(store.get(ref))
+        snapshot = store.merge(a, b, weight, name, start=self._start)
         self._open(snapshot.id)
         return snapshot
 
@@ -295,8 +307,11 @@ class ContinualLearner:
             return None
         if self._baseline is None:
             self._baseline = self.probe_loss({})
-        worse = math.exp(self.probe_loss() - self._baseline)
-        if worse > self.probe.limit:
+        loss = self.probe_loss()
+        worse = math.exp(min(loss - self._baseline, 700.0))
+        if not worse <= self.probe.limit:  # NaN is not
+            if not math.isfinite(loss):
+                return "the loss on the probe is not finite"
             return (
                 f"the perplexity of the probe is {worse:.3f} times the pretrained model's (limit {self.probe.limit:g})"
             )
@@ -304,7 +319,7 @@ class ContinualLearner:
         return None
 
     def _turn_back(self) -> None:
-        """To the last state that the probe has passed. One that did not pass when it was opened stays as it is."""
+        """To the last state that the probe has passed."""
         if self._good is not None:
             self.state = self._good
 
@@ -317,23 +332,27 @@ class ContinualLearner:
             "reading": {"window": self.reading.window, "context": self.reading.context},
             "learner": self.state.to_json(),
         }
-        self.snapshot, self._saved = self._stored().save(self.state.to_tensors(), meta, name=name), self.state
-        self._stored().prune(keep_last=KEPT)
+        with uninterrupted():  # what is saved is in the store and known to be there, or neither
+            self.snapshot, self._saved = self._stored().save(self.state.to_tensors(), meta, name=name), self.state
+            self._stored().prune(keep_last=KEPT)
         return self.snapshot
 
     def _load(self, ref: str) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """The tensors of a snapshot, and the JSON beside them. Raises `UserError` if it does not fit the model."""
         groups, snapshot = self._stored().load(ref)
+        self._check_levels(snapshot)
+        device = self.model.device
+        # Copied out of the mapped file, so that every tensor lies as it would without a stop, to the bit of every sum.
+        copies = {g: {n: t.to(device, copy=True) for n, t in tensors.items()} for g, tensors in groups.items()}
+        return copies, snapshot.meta.get("learner", {})
+
+    def _check_levels(self, snapshot: Snapshot) -> None:
         config = snapshot.meta.get("config")
         if config is None or LevelsConfig.from_dict(config) != self.model.config_levels:
             raise UserError(
                 f"snapshot {snapshot.name or snapshot.short} was learned with other levels than the model has: convert "
                 "the model with those of its meta, or give another store"
             )
-        device = self.model.device
-        # Copied out of the mapped file, so that every tensor lies as it would without a stop, to the bit of every sum.
-        copies = {g: {n: t.to(device, copy=True) for n, t in tensors.items()} for g, tensors in groups.items()}
-        return copies, snapshot.meta.get("learner", {})
 
     def _open(self, ref: str) -> None:
         """Take up the state of a snapshot."""

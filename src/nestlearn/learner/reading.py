@@ -96,7 +96,8 @@ def token_losses(
     A token is predicted from what comes before it in its own row; the first of a text is not, unless the tokenizer
     opens every text with a token.
     """
-    before = [[*reading.opening, *context.tolist()] for context in contexts]
+    # A state may come from a reading with a longer context.
+    before = [[*reading.opening, *context[max(0, len(context) - reading.context) :].tolist()] for context in contexts]
     # With a fixed shape the first column is padding in every row: an attention mask without any is treated otherwise.
     left = reading.before + 1 if fixed else max(map(len, before))
     right = reading.window if fixed else max(map(len, windows))

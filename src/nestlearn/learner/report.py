@@ -73,7 +73,10 @@ class ReadReport:
             return f"nothing was read: {self.stopped}"
         if self.tokens == 0:
             return f"nothing new, {self.resumed:,} tokens were read before" if self.resumed else "nothing to read"
-        surprise = "" if self.loss is None else f", loss {self.loss:.3f} (perplexity {math.exp(self.loss):.2f})"
+        surprise = ""
+        if self.loss is not None:
+            perplexity = math.exp(self.loss) if self.loss < 700 else math.inf
+            surprise = f", loss {self.loss:.3f} (perplexity {perplexity:.2f})"
         lines = [f"read {self.tokens:,} tokens{surprise}, {self.tokens_per_second:,.0f} tokens/s"]
         if self.resumed:
             lines[0] += f", after {self.resumed:,} read before"

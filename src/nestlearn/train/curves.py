@@ -44,7 +44,7 @@ def plot_curves(path: Path, models: Mapping[str, Sequence[Mapping[str, Any]]], t
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("training tokens")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)  # a file's name may have dollar signs
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.has_data():

@@ -16,6 +16,7 @@ from transformers import (
     TextStreamer,
 )
 
+from nestlearn.convert import ContinualModel
 from nestlearn.errors import UserError
 from nestlearn.train.positions import check_positions
 
@@ -64,7 +65,7 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float, seed: i
 
 
 def generate_text(
-    model: PreTrainedModel,
+    model: PreTrainedModel | ContinualModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
@@ -89,10 +90,11 @@ def generate_text(
     >>> text = generate_text(model, load_tokenizer("bytes"), "def ", max_new_tokens=2, seed=0)
     """
     check_options(max_new_tokens, temperature, top_p, seed)
+    owner: Any = model.base if isinstance(model, ContinualModel) else model  # of the configuration
     inputs = _inputs(tokenizer, prompt)
     length = inputs["input_ids"].shape[1]
     asked = f"a prompt of {length:,} tokens with max_new_tokens {max_new_tokens:,}"
-    check_positions(model, length + max_new_tokens - 1, asked)  # the last token that is made is not read
+    check_positions(owner, length + max_new_tokens - 1, asked)  # the last token that is made is not read
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
@@ -111,7 +113,7 @@ def generate_text(
 
     generator: Any = model  # for the type checker every attribute of a module is a tensor
     cuda = [model.device] if model.device.type == "cuda" else []
-    own, generator.generation_config = generator.generation_config, config  # it would fill in what ours leaves out
+    own, owner.generation_config = owner.generation_config, config  # it would fill in what ours leaves out
     try:
         with torch.random.fork_rng(devices=cuda, enabled=seed is not None):
             if seed is not None:
@@ -123,7 +125,7 @@ def generate_text(
                 streamer=_Relay(tokenizer, relay),
             )
     finally:
-        generator.generation_config = own
+        owner.generation_config = own
     return "".join(pieces)
 
 

@@ -20,7 +20,6 @@ from transformers.utils import logging
 from nestlearn.convert import ContinualModel, model_folder
 from nestlearn.convert.pretrained import MODELS
 from nestlearn.convert.saved import LEVELS
-from nestlearn.data.text_files import find_path
 from nestlearn.data.tokenizers import blame, read_tokenizer, reason
 from nestlearn.errors import UserError
 
@@ -43,7 +42,7 @@ def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         ...
     nestlearn.errors.UserError: no model folder 'no/such/folder': give a run, a folder of save_pretrained, or smollm2
     """
-    folder = find_path(model_folder(path), "model folder")
+    folder = model_folder(path)
     if not folder.is_dir():
         raise UserError(
             f"no model folder {str(path)!r}: give a run, a folder of save_pretrained, or {', '.join(MODELS)}"

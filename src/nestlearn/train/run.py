@@ -254,7 +254,7 @@ def _diverged(error: NotFinite, phase: Phase, first: Phase) -> str:
 
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     if join().is_main_process:
-        write_atomic(folder / RECIPE, lambda path: path.write_text(dump(recipe)))
+        write_atomic(folder / RECIPE, lambda path: path.write_text(dump(recipe), encoding="utf-8"))
 
 
 def _read_result(folder: Path) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging as hf_logging
 
+from nestlearn.data.corpus import RECIPE
 from nestlearn.errors import UserError
 from nestlearn.nn import ContinuumLevel, continuum_periods
 from nestlearn.optim import LevelwiseOptimizer
@@ -27,8 +28,6 @@ from nestlearn.train.evaluate import NotFinite
 from nestlearn.train.optimizers import build
 from nestlearn.train.recipe import Recipe, changes, dump, load_recipe
 from nestlearn.train.sharding import part_of, parts_of_state, sharded, whole, whole_weights
-
-RECIPE = "run.toml"
 
 
 def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -164,7 +163,7 @@ class LanguageModelTrainer(Trainer):
             for path in (folder / name).iterdir():
                 path.rename(folder / path.name)
             (folder / name).rmdir()
-            (folder / RECIPE).write_text(dump(self._recipe))
+            (folder / RECIPE).write_text(dump(self._recipe), encoding="utf-8")
 
         if self.is_world_process_zero():
             commit(self._folder, name, fill)

@@ -69,7 +69,8 @@ def collect(folder: Path, known: References) -> Removed:
 
 
 def prune(folder: Path, known: References, at: str | None, keep_last: int) -> Removed:
-    """Remove the automatic snapshots in the history of ``at``, but for the newest ``keep_last``.
+    """Remove the automatic snapshots in the history of ``at``: those that were saved again by hand at once, and of the
+    others all but the newest ``keep_last``.
 
     Kept are also those with a name, those at the tip of a branch or under an open store, and those where the history
     forks or joins. The next snapshot that is kept becomes the child of the one before, and counts what lay between.
@@ -80,9 +81,10 @@ def prune(folder: Path, known: References, at: str | None, keep_last: int) -> Re
     later = children(readable)
     standing = known.targets() | leased(folder)
     automatic = [s for s in newest_first(_behind(readable, at)) if s.automatic]
+    again = [s for s in automatic if len(later[s.id]) == 1 and _same_state(s, readable[later[s.id][0]])]
     victims = [
         s
-        for s in automatic[keep_last:]
+        for s in [*again, *[s for s in automatic if s not in again][keep_last:]]
         if s.id not in standing
         and len(s.parents) <= 1
         and len(later[s.id]) == 1
@@ -148,6 +150,11 @@ def _behind(readable: dict[str, Snapshot], at: str | None) -> dict[str, Snapshot
             found[here.id] = here
             waiting.extend(here.parents)
     return found
+
+
+def _same_state(a: Snapshot, b: Snapshot) -> bool:
+    """Whether two snapshots hold the same, but for who saved them."""
+    return a.levels == b.levels and {**a.meta, "auto": None} == {**b.meta, "auto": None}
 
 
 def _try(history: History, identity: str, problems: dict[str, None] | None = None) -> Snapshot | None:

@@ -10,10 +10,11 @@ import os
 import secrets
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from nestlearn.errors import UserError
+from nestlearn.files import uninterrupted
 
 LOCK, LEASES = "lock", "leases"
 
@@ -22,7 +23,8 @@ LOCK, LEASES = "lock", "leases"
 def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Hold the store's lock: ``shared`` to read, alone to write. Waits for whoever has it. Not to be nested.
 
-    Every call opens the file anew, so that two threads, or two stores in one process, keep each other out as well.
+    Every call opens the file anew, so that two threads, or two stores in one process, keep each other out as well. Who
+    holds it alone is not interrupted by Ctrl-C before it is given back.
 
     Raises `UserError` for what the system says against it, or against what is done inside (a full disk).
     """
@@ -30,7 +32,8 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            yield
+            with nullcontext() if shared else uninterrupted():
+                yield
         finally:
             os.close(descriptor)
     except OSError as error:
