@@ -102,6 +102,7 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (["generate", "~nosuchuser/x", "--prompt", "x"], "model folder '~nosuchuser/x' cannot be looked up"),
         (["pull", "smollm2", "--to", "~nosuchuser/x"], "folder '~nosuchuser/x' cannot be looked up"),
         (["generate"], "Missing argument 'model'"),
+        (["eval", "--suite", "core", "--data", "absent"], "no folder 'absent' of data: give one with --data"),
         (["bench"], "Missing argument 'suite'"),
         (["bench", "optm"], "unknown suite 'optm'; did you mean 'optim'? (allowed: optim, speed)"),
         (["bench", "optim", "--only", "curvature,visoin"], "unknown experiment 'visoin'; did you mean 'vision'?"),

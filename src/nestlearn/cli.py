@@ -207,6 +207,8 @@ def _run_suite(
         raise UserError(f"unknown suite '{suite}'; {nearest(suite, suites)}")
     names = [] if only is None else [name.strip() for name in only.split(",")]
     folder = data or os.environ.get("NESTLEARN_DATA") or None
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"no folder {folder!r} of data: give one with --data, or in NESTLEARN_DATA")
     if out is not None and out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give a folder with --out")
     usual = Path("runs") / "-".join([command, suite, *([] if scale == "cpu" else [scale])])

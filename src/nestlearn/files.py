@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -31,13 +32,26 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     os.close(descriptor)
     beside = Path(name)
     try:
-        write(beside)
+        with disk_errors():
+            write(beside)
         make_readable(beside)
         sync_file(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     sync_file(path.parent)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what safetensors and tokenizers raise for a failed write into the ``OSError`` of Python's own files."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no narrower class
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def write_json(path: Path, value: Any) -> None:

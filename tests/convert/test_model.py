@@ -444,3 +444,21 @@ def test_convert_is_the_function_however_it_is_imported() -> None:
 
     assert isinstance(nestlearn.convert(make()), ContinualModel)
     assert nestlearn.LevelsConfig is LevelsConfig
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_in_an_mlp_that_learns_is_refused_and_one_beside_it_counts(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    targets = {"llama": ("q_proj", "down_proj"), "gpt2": ("attn.c_attn", "mlp.c_proj")}[family]
+    for target, refused in zip(targets, (False, True), strict=True):
+        converted, x = convert(make(family), LevelsConfig(layers="all")), tokens(2)
+        config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+        adapted = peft.get_peft_model(converted, config)
+        if refused:
+            with pytest.raises(UserError, match="put adapters on layers that do not learn"):
+                adapted(input_ids=x)
+            continue
+        adapted(input_ids=x).logits.sum().backward()
+        assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+        before = adapted(input_ids=x).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(input_ids=x).logits, before, rtol=1e-4, atol=1e-4)

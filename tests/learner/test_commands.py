@@ -324,6 +324,30 @@ def test_a_byte_order_mark_on_standard_input_is_no_text(run: Run) -> None:
     assert (code, out[:22]) == (0, "-: read 11 tokens, los")
 
 
+def test_a_branch_that_another_process_has_moved_is_named(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("learn", "model", "--store", "memory", "a.txt", "--name", "first")
+    read = ContinualLearner.read
+
+    def moved(self: ContinualLearner, *given: object, **options: object) -> ReadReport:
+        other = Store(place / "memory")  # of another process
+        other.save({}, dict(other.get().meta))
+        report = read(self, *given, **options)  # type: ignore[arg-type]
+        if stop:
+            raise KeyboardInterrupt
+        return report
+
+    monkeypatch.setattr(ContinualLearner, "read", moved)
+    stop = True
+    code, _, err = run("learn", "model", "--store", "memory", "b.jsonl")
+    assert code == 130
+    assert err.endswith("on main-2, as another process has moved main: go on with --branch main-2\n")
+    stop = False
+    out = run("chat", "model", "--store", "memory", stdin="/read b.jsonl\n")[1]
+    assert "another process has moved main: this chat is kept on main-3, go on with --branch main-3" in out
+
+
 def test_what_an_interruption_left_unsaved_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: ContinualLearner) -> None:
         raise KeyboardInterrupt

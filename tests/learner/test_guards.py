@@ -177,6 +177,22 @@ def test_a_state_beyond_the_limit_that_is_taken_up_later_stays_as_it_is(
     assert learner.state.read == bad.meta["learner"]["read"]
 
 
+def test_a_text_that_breaks_off_leaves_no_state_beyond_the_limit(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = make(levels=(Level(WINDOW, 1e-2),))
+    learner = ContinualLearner(model, tokenizer, probe=RetentionProbe(KNOWN, limit=1.02, every=10**6))
+
+    def text() -> Iterator[str]:
+        yield words(400)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        learner.read(text())
+    learner.state = replace(learner.state)  # measured anew
+    assert "the perplexity" not in str(learner.read("so").stopped)
+
+
 def test_a_probe_whose_loss_is_no_number_stops_learning(
     model: ContinualModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nestlearn import ContinualLearner
 from nestlearn.convert import ContinualModel, Level
 from nestlearn.errors import UserError
 from nestlearn.learner import LearnerState, ReadReport
+from nestlearn.learner.step import step
 from nestlearn.learner.store import references
 from tests.learner.conftest import WINDOW, words
 
@@ -293,6 +295,26 @@ def test_ctrl_c_while_a_snapshot_is_written_waits_until_it_is_there(
     assert same(ContinualLearner(model, tokenizer, tmp_path / "store").state, learner.state)
     learner.read(words(5))
     assert list(learner.store.branches) == ["main"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_level_that_rests_is_read_as_it_was_learned(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase, rows: int
+) -> None:
+    """With lr=0 it learns nothing more, and what it has learned before counts for what the others learn."""
+    model = make(levels=(Level(WINDOW, 1e-2), Level(WINDOW, 0.0)))
+    learner = ContinualLearner(model, tokenizer)
+    level = learner.state.levels[1]
+    weights = {name: w + 0.3 * torch.randn_like(w) for name, w in model.levels[1].start.items()}
+    learner.state = replace(learner.state, levels=(learner.state.levels[0], replace(level, weights=weights)))
+    text = "x" * WINDOW
+    expected = learner.loss(text)
+    if rows == 1:
+        assert learner.read(text).loss == pytest.approx(expected)
+        return
+    window = torch.tensor(tokenizer(text)["input_ids"])
+    outcomes = step(model, [learner.state] * 2, [window] * 2, learner.reading)
+    assert [o.loss / o.scored for o in outcomes] == pytest.approx([expected] * 2)
 
 
 def test_one_step_back_is_the_text_before(

@@ -1,5 +1,6 @@
 """The core suite around its tasks: an equal search, resuming, and a report of what is there and what is not."""
 
+import dataclasses
 import json
 import types
 from collections.abc import Mapping
@@ -122,6 +123,14 @@ def test_data_may_lie_elsewhere_the_next_time(tmp_path: Path) -> None:
     assert not any("here" in path.read_text() for path in (tmp_path / "cells").iterdir())
 
 
+def test_what_was_run_counts_where_its_data_is_gone(tmp_path: Path) -> None:
+    core.run(["toy"], "smoke", "here", tmp_path, 1)
+    gone = dataclasses.replace(plan("smoke", None), rows=[Row("toy", "good", {"model": "good"}, "no data was given")])
+    outcome = outcomes(gone, tmp_path)["toy"]["good"]
+    assert (outcome["state"], outcome["mean"]["accuracy"]) == ("finished", 91)
+    assert not gone.search()
+
+
 def test_outcomes_of_an_empty_folder(tmp_path: Path) -> None:
     found = outcomes(plan("cpu", None), tmp_path)["toy"]
     assert {outcome["state"] for outcome in found.values()} == {"not run"}
@@ -152,7 +161,8 @@ def test_order_counts_only_beyond_the_spread_and_against_other_models() -> None:
     beyond = {"hope": row(5), "titans": row(6), "unknown": row(100)}
     assert differences(beyond, "x", paper, "T") == "T: titans (6) is ahead of hope (5), in the paper it is behind."
     assert differences({"hope": row(6), "titans": row(5)}, "x", paper, "T", higher=False) == ""
-    assert differences({"hope": {"mean": {}, "spread": {}}, "titans": row(1)}, "x", paper, "T") == ""
+    assert differences({"hope": {"mean": {}, "spread": {}}, "titans": row(1)}, "x", paper, "T") is None
+    assert order_section([None, None]) == "No two models that the paper has are there to compare.\n"
     assert order_section(["", ""]) == "Wherever both have a number, the order of the models is the paper's.\n"
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nestlearn.errors import UserError
-from nestlearn.files import parse_json
+from nestlearn.files import disk_errors, parse_json
 from nestlearn.train import checkpoint
 from nestlearn.train.callbacks import Interrupt, read_metrics
 from nestlearn.train.evaluate import NotFinite
@@ -108,7 +108,7 @@ def test_a_disk_that_became_read_only(recipe: Recipe, small_disk: Path) -> None:
 
 
 def test_safetensors_tells_of_a_full_disk_as_python_does(small_disk: Path) -> None:
-    with pytest.raises(OSError, match="No space left") as caught, checkpoint.disk_errors():
+    with pytest.raises(OSError, match="No space left") as caught, disk_errors():
         save_file({"x": torch.zeros(10**6)}, small_disk / "x.safetensors")
     assert caught.value.errno == errno.ENOSPC
 

@@ -107,7 +107,14 @@ class AdaptiveMLP(nn.Module):
         self.cast: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """(B, T, D) -> (B, T, D). Raises `UserError` if one of the layers has been replaced, as PEFT's adapters do."""
+        for name, piece in self.parts[0].items():
+            here = self._modules.get(name.partition(".")[0])
+            if here is not piece.layer:
+                raise UserError(
+                    f"{name} of an MLP that learns is now that of a {type(here).__name__}, which would be left out: "
+                    "put adapters on layers that do not learn, or merge them before convert"
+                )
         weights = self.scope.current()
         learned = any(piece.name in weights for part in self.parts for piece in part.values())
         if not learned and self.scope.seen() is None:

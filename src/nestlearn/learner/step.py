@@ -48,8 +48,9 @@ def step(
         fixed: pad to the largest shape there can be, so that no bit of a row depends on the length of another.
     """
     rows = len(states)
-    leaves = _leaves(model, states)
-    with torch.enable_grad(), model.using(leaves):
+    learned = rows_of(model, states) if rows > 1 else states[0].weights
+    leaves = _leaves(model, learned, rows)
+    with torch.enable_grad(), model.using({**learned, **leaves}):
         losses, scored = token_losses(model, [s.context for s in states], windows, reading, fixed=fixed)
         sums = losses.sum(1)
         counts = scored.sum(1).tolist()
@@ -85,16 +86,15 @@ def rows_of(model: ContinualModel, states: Sequence[LearnerState]) -> Tensors:
     return weights
 
 
-def _leaves(model: ContinualModel, states: Sequence[LearnerState]) -> Tensors:
-    """What the gradient is taken for: the weights of the levels that learn."""
-    learned = rows_of(model, states) if len(states) > 1 else states[0].weights
+def _leaves(model: ContinualModel, learned: Tensors, rows: int) -> Tensors:
+    """What the gradient is taken for: the weights of the levels that learn, as learned so far."""
     leaves = {}
     for level in model.levels:
         if level.config.lr > 0:
             for name, start in level.start.items():
                 w = learned.get(name)
                 if w is None:
-                    w = start if len(states) == 1 else torch.stack([start] * len(states))
+                    w = start if rows == 1 else torch.stack([start] * rows)
                 leaves[name] = w.detach().requires_grad_()
     return leaves
 

@@ -67,10 +67,10 @@ class Plan:
         where = {} if self.data is None else {"data": self.data}
         return Cell(name, self.function, {**self.shared, **row.arguments, "lr": lr, "seed": seed}, where)
 
-    def search(self) -> dict[tuple[int, float], Cell]:
-        """The first stage, by number of the row and learning rate."""
-        able = [n for n, row in enumerate(self.rows) if row.reason is None]
-        return {(n, lr): self.cell(self.rows[n], lr, self.seeds[0]) for n in able for lr in self.rates_of(n)}
+    def search(self, unable: bool = False) -> dict[tuple[int, float], Cell]:
+        """The first stage, by number of the row and learning rate; with rows that are ``unable`` to run now or not."""
+        some = [n for n, row in enumerate(self.rows) if unable or row.reason is None]
+        return {(n, lr): self.cell(self.rows[n], lr, self.seeds[0]) for n in some for lr in self.rates_of(n)}
 
     def rates_of(self, row: int) -> Sequence[float]:
         """What is tried for the row of that number; every row has as many."""
@@ -120,9 +120,9 @@ def outcomes(plan: Plan, folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
       A number that one seed lacks has neither;
     * ``arguments`` of the row, ``commits`` (count of cells by commit) and ``seconds`` of all its cells.
     """
-    search = plan.search()
+    search = plan.search(unable=True)  # what was run counts, also where its data is gone
     kept = finished_cells(list(search.values()), folder)
-    later = _seed_cells(plan, folder)
+    later = _seed_cells(plan, folder, unable=True)
     kept |= finished_cells(list(later.values()), folder)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for n, row in enumerate(plan.rows):
@@ -172,9 +172,9 @@ def summarise(runs: list[Result], criterion: str) -> dict[str, Any]:
     }
 
 
-def _seed_cells(plan: Plan, folder: Path) -> dict[tuple[int, int], Cell]:
+def _seed_cells(plan: Plan, folder: Path, unable: bool = False) -> dict[tuple[int, int], Cell]:
     """The second stage, of the rows whose search is finished: by number of the row and seed."""
-    search = plan.search()
+    search = plan.search(unable)
     kept = finished_cells(list(search.values()), folder)
     cells = {}
     for n in {n for n, _ in search}:
@@ -187,7 +187,7 @@ def _seed_cells(plan: Plan, folder: Path) -> dict[tuple[int, int], Cell]:
 
 
 def _state(row: Row, plan: Plan, tried: int, complete: bool, records: list[Any]) -> dict[str, Any]:
-    if row.reason is not None:
+    if row.reason is not None and not records:
         return {"state": "not run", "reason": row.reason}
     if not complete:
         return {"state": "not run", "reason": f"{tried} of {len(plan.rates)} learning rates tried" if tried else None}

@@ -109,8 +109,9 @@ def measured(
 
 def differences(
     found: Mapping[str, Mapping[str, Any]], key: str, paper: Mapping[str, float], what: str, higher: bool = True
-) -> str:
-    """One sentence on every way in which the order of the models is not the paper's; empty if there is none.
+) -> str | None:
+    """One sentence on every way in which the order of the models is not the paper's; empty if there is none, None if no
+    two of the paper's models have the number.
 
     Two models are equal here if they differ by no more than the larger spread of the two.
 
@@ -128,6 +129,8 @@ def differences(
     here = {
         name: outcome["mean"][key] for name, outcome in found.items() if key in outcome["mean"] and base(name) in paper
     }
+    if len({base(name) for name in here}) < 2:
+        return None
     groups: dict[tuple[str, int, int], list[str]] = {}
     for name in here:
         for other in here:
@@ -144,9 +147,11 @@ def differences(
     return f"{what}: {'; '.join(clauses)}." if clauses else ""
 
 
-def order_section(sentences: Sequence[str]) -> str:
+def order_section(sentences: Sequence[str | None]) -> str:
     """The list of all `differences` of a task, or that there are none."""
     some = [sentence for sentence in sentences if sentence]
+    if all(sentence is None for sentence in sentences):
+        return "No two models that the paper has are there to compare.\n"
     if not some:
         return "Wherever both have a number, the order of the models is the paper's.\n"
     return "Where the order of the models differs from the paper's:\n\n" + "\n".join(f"- {s}" for s in some) + "\n"

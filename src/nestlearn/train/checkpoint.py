@@ -12,8 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nestlearn.errors import UserError
-from nestlearn.files import read_json, sync_file
+from nestlearn.files import disk_errors, read_json, sync_file
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 FORMAT = "nestlearn training checkpoint, version 1"
@@ -169,15 +168,3 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {key: _decode(item, tensors) for key, item in content}
     items = [_decode(item, tensors) for item in content]
     return items if kind == "list" else tuple(items)
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn what safetensors and tokenizers raise for a failed write into the ``OSError`` of Python's own files."""
-    try:
-        yield
-    except Exception as error:  # tokenizers raises no narrower class
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error

@@ -21,9 +21,10 @@ from transformers.utils import logging as hf_logging
 
 from nestlearn.data.corpus import RECIPE
 from nestlearn.errors import UserError
+from nestlearn.files import disk_errors
 from nestlearn.nn import ContinuumLevel, continuum_periods
 from nestlearn.optim import LevelwiseOptimizer
-from nestlearn.train.checkpoint import commit, disk_errors, load_state, save_state
+from nestlearn.train.checkpoint import commit, load_state, save_state
 from nestlearn.train.evaluate import NotFinite
 from nestlearn.train.optimizers import build
 from nestlearn.train.recipe import Recipe, changes, dump, load_recipe

@@ -283,7 +283,7 @@ def contexts_table(models: Mapping[str, Mapping[str, Any]], title: str = "model"
     return table([title, *(f"{context:,}" for context in CONTEXTS)], rows)
 
 
-def _context_sentences(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _context_sentences(models: Mapping[str, Mapping[str, Any]]) -> list[str | None]:
     return [
         differences(
             models,

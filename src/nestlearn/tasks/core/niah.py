@@ -54,6 +54,7 @@ from nestlearn.train.optimizers import build as build_optimizer
 
 TITLE = "Needle in a haystack (table 1, section 9.2)"
 SETTING = "all tasks"  # one model answers all of them
+WITHOUT_DATA = "all tasks, in the standard library's sources"
 # A needle is to last: heads that forget start with half-lives of 70 to 7,000 symbols, not the usual 35 to 350.
 LASTING = {"retained": [0.99, 0.9999]}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -110,14 +111,13 @@ def plan(scale: str, data: str | None) -> Plan:
         lengths = list(usual if model in GROWING else usual + further)
         arguments = {"model": model, "lengths": lengths, "options": options}
         arguments |= {"cost": COST} if name in WRITES_COST else {}
-        rows.append(Row(SETTING, name, arguments, missing_text(data)))
-    shared = RECIPES[scale] if data is not None else {**RECIPES[scale], "data": None}  # which text it is, is no place
-    return Plan("niah", train_one, shared, rows, RATES[scale], SEEDS[scale], CRITERION, data)
+        rows.append(Row(SETTING if data is not None else WITHOUT_DATA, name, arguments, missing_text(data)))
+    return Plan("niah", train_one, RECIPES[scale], rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 
 def section(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
     """Table 1 by task, what differs in order, and accuracy against length."""
-    outcomes = found.get(SETTING, {})
+    outcomes = next(iter(found.values()), {})  # of one text
     keys = {key for outcome in outcomes.values() for key in outcome["mean"]}
     lengths = sorted({int(key.split()[1]) for key in keys if key.split()[0] in TASKS} | set(TABLE_1_LENGTHS))
     parts, sentences = [], []
