@@ -59,6 +59,12 @@ def test_ctrl_c_waits_for_the_end_of_what_is_written_whole() -> None:
         done.append("after")
     assert done == ["inner", "outer"]
     assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012
+        for count in range(5):  # who insists is not kept waiting
+            done.append(count)
+            os.kill(os.getpid(), signal.SIGINT)
+    assert done[-1] == 2
+    assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(ValueError, match="own"), uninterrupted():  # what goes wrong inside is what is raised
         raise ValueError("own")
 

@@ -97,6 +97,19 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+class _Waiting:
+    """Takes Ctrl-C down for later; the third is not waited with, as another process may hold everything up."""
+
+    def __init__(self, before: Callable[[int, Any], Any]) -> None:
+        self.before = before
+        self.came: list[tuple[int, Any]] = []
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.came.append((number, frame))
+        if len(self.came) > 2:
+            self.before(number, frame)
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Inside, Ctrl-C waits for the end: what has to agree, on the disk and in memory, is written whole.
@@ -105,18 +118,19 @@ def uninterrupted() -> Iterator[None]:
     ...     kept = [1]
     """
     before = signal.getsignal(signal.SIGINT)
-    # Only the main thread is interrupted, and only if Python handles the signal.
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    # Only the main thread is interrupted, and only if Python handles the signal. Inside another one that one waits.
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not callable(before) or isinstance(before, _Waiting):
         yield
         return
-    came: list[Any] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    waiting = _Waiting(before)
+    signal.signal(signal.SIGINT, waiting)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came:
-            before(*came[0])
+        if 0 < len(waiting.came) < 3:
+            before(*waiting.came[0])
 
 
 @contextmanager

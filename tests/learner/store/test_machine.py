@@ -30,6 +30,7 @@ class Known:
     parents: list[str]
     auto: bool
     pruned: int = 0
+    merged: bool = False
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -113,6 +114,7 @@ class StoreMachine(RuleBasedStateMachine):
         x, y = self.known[first].values, self.known[second].values
         values = (x[0] + weight * (y[0] - x[0]), x[1] + weight * (y[1] - x[1]))
         self.made(made.id, values, list(dict.fromkeys([first, second])), False, None)
+        self.known[made.id].merged = True
         self.moved(which, made.id, [first, second])
 
     @precondition(lambda self: self.branches)
@@ -146,9 +148,14 @@ class StoreMachine(RuleBasedStateMachine):
         automatic.sort(key=lambda identity: -self.known[identity].number)
         later = {i: [j for j, k in self.known.items() if i in k.parents] for i in self.known}
         line = {i for i in self.known if len(self.known[i].parents) <= 1}
+        again = []  # the same state was saved right after
+        for i in automatic:
+            children = [self.known[j] for j in later[i]]
+            if len(children) == 1 and not children[0].merged and children[0].values == self.known[i].values:
+                again.append(i)
         gone = [
             i
-            for i in automatic[keep:]
+            for i in [*again, *[i for i in automatic if i not in again][keep:]]
             if i not in standing and i in line and len(later[i]) == 1 and later[i][0] in line
         ]
         assert self.open[which].prune(keep).snapshots == len(gone)
