@@ -203,5 +203,5 @@ def test_the_section_has_what_is_there(tmp_path: Path, data: str) -> None:
     assert found["transformer"].split("|")[3].strip() == "state too large after 512"
     assert found["hope"].count("(of ") == 3
     assert (tmp_path / "babilong.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    empty = section(outcomes(plan("smoke", None), tmp_path), tmp_path)
+    empty = section(outcomes(plan("smoke", None), tmp_path / "new"), tmp_path)
     assert "| qa5, three-arg-relations |" in empty
