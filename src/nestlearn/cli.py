@@ -162,12 +162,11 @@ def evaluate(
         raise UserError("Missing option '--data': give the text to read")
     from nestlearn.data import stream_documents
     from nestlearn.train.evaluate import evaluate_text
+    from nestlearn.train.positions import longest
 
     split, documents = stream_documents(data)
     loaded, tokenizer = _load(model)
-    length = (
-        context if context is not None else getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-    )
+    length = context if context is not None else longest(loaded)
     if length is None:
         raise UserError(f"{model} does not say how long a text it takes: give --context N")
     result = evaluate_text(loaded, tokenizer, documents, context_length=length, stride=stride, carry_state=carry_state)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from nestlearn import ContinualLearner
 from nestlearn.convert import ContinualModel, Level
 from nestlearn.errors import UserError
-from nestlearn.learner import LearnerState, ReadReport
+from nestlearn.learner import LearnerState
 from nestlearn.learner.step import step
 from nestlearn.learner.store import references
 from tests.learner.conftest import WINDOW, words
@@ -352,12 +352,8 @@ def test_a_state_read_with_a_longer_context_is_gone_on_with(
 ) -> None:
     long, short = ContinualLearner(model, tokenizer, context=2 * WINDOW), ContinualLearner(model, tokenizer, context=3)
 
-    def stop(report: ReadReport) -> None:
-        if report.tokens > 3 * WINDOW:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        long.read(words(100), source="text", on_window=stop)
+        long.read(words(100), source="text", on_window=interrupt_after(4))
     short.state = long.state
     assert short.read(words(100), source="text").tokens > 0
     assert len(short.state.context) <= 3

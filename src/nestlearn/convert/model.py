@@ -19,6 +19,7 @@ from nestlearn.convert.families import SUPPORTED, FoundMLP, find_mlps, neuron_ax
 from nestlearn.convert.kept import Kept, is_transposed, kept_besides, kept_inputs, seen_inputs
 from nestlearn.convert.saved import read_base, read_converted, save_converted
 from nestlearn.errors import UserError, nearest
+from nestlearn.train.positions import longest
 
 KEPT_WINDOWS, KEPT_WINDOW = 8, 512  # read by `ContinualModel.keep`, and tokens of one
 
@@ -248,7 +249,7 @@ class ContinualModel(nn.Module):
         torch.Size([16, 4])
         """
         ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-        length = min(KEPT_WINDOW, getattr(self.base.config.get_text_config(), "max_position_embeddings", KEPT_WINDOW))
+        length = min(KEPT_WINDOW, longest(self.base) or KEPT_WINDOW)
         windows = ids.to(self.base.device).split(length) if len(ids) else ()
         spread = windows[:: max(1, -(-len(windows) // KEPT_WINDOWS))]
         seen = seen_inputs(self.scope, {}, [partial(self.base, window[None]) for window in spread])

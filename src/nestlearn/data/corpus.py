@@ -218,8 +218,9 @@ def _folder_files(folder: Path) -> tuple[list[Path], int]:
     files: list[Path] = []
     skipped = 0
     with text_files.readable(folder):
-        runs = {path.parent for path in folder.rglob(RECIPE)} - {folder}
-        for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+        paths = sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
+        runs = {path.parent for path in paths if path.name == RECIPE} - {folder}
+        for path in paths:
             hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
             if hidden or not runs.isdisjoint(path.parents) or not path.is_file() or path.stat().st_size == 0:
                 continue

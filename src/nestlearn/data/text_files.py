@@ -75,10 +75,15 @@ def absolute(name: str, keywords: Iterable[str]) -> str:
     colon), even if the working folder has a file of that name."""
     if not name or name.partition(":")[0] in keywords:
         return name
-    if any("\ud800" <= character <= "\udfff" for character in name):  # bytes of a name that cannot be written down
+    if is_undecoded(name):
         raise UserError(f"the name {name!r} is not UTF-8: rename it")
     path = find_path(name, "path")
     return str(path.resolve()) if path.exists() else name
+
+
+def is_undecoded(text: str) -> bool:
+    """Whether Python has put lone surrogates for bytes that are not UTF-8, as in names and on the command line."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_blank(path: Path) -> bool:

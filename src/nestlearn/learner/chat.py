@@ -15,6 +15,7 @@ from nestlearn.learner.learner import ContinualLearner
 from nestlearn.learner.report import ReadReport
 from nestlearn.learner.stream import opening
 from nestlearn.train.generate import check_options
+from nestlearn.train.positions import longest
 
 HELP = """\
 /read FILE      learn from a text, .jsonl or .parquet file
@@ -202,7 +203,7 @@ class Chat:
 
         Raises `UserError` if the last message alone leaves no room.
         """
-        size = getattr(self.learner.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        size = longest(self.learner.model.base) or sys.maxsize
         while True:
             prompt = self._render(messages, answer=True)
             tokens = len(self.learner.tokenizer(prompt, verbose=False)["input_ids"])

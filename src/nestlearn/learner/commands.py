@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestlearn.errors import UserError
+from nestlearn.files import finite
 from nestlearn.json_option import Json, print_json
 
 if TYPE_CHECKING:
@@ -72,17 +72,13 @@ def learn(
                 raise UserError(f"{path} is no regular file: give - and pipe its text in")
             if path is not None and not path.is_file():
                 raise UserError(f"no file {str(path)!r}: give a text, .jsonl or .parquet file")
-        kept = "nothing was read, the store is as it was"
-        command = "without --again the same command" if again else "the same command"
         results = []
         try:
             learner = _learner(model, store, branch, context, _probe(probe, limit), autosave, not dry_run)
             if name is not None and not dry_run:
                 _check_name(learner, name)
             if dry_run:
-                learner, kept = learner.fork(), "nothing was kept"  # a fork has no store
-            else:
-                kept = f"all before is saved in {store}, {command} goes on from there"
+                learner = learner.fork()  # a fork has no store
             for source, path in texts.items():
 
                 def text(path: Path | None = path) -> Iterator[Iterator[str]]:
@@ -104,19 +100,20 @@ def learn(
                 if report.stopped:
                     break
         except KeyboardInterrupt as stop:
-            if learner is not None and learner.store is not None and learner.unsaved and not learner.stored:
-                kept = f"what was learned since the last snapshot in {store} is not kept, {command} goes on from there"
-            elif learner is not None and learner.store is not None and learner.store.branch != branch:
-                at = learner.store.branch
-                moved = f"as another process has moved {branch}: go on with --branch {at}"
-                kept = f"all before is saved in {store} on {at}, {moved}"
+            if learner is None:
+                kept = "nothing was read, the store is as it was"
+            elif dry_run:
+                kept = "nothing was kept"
+            else:
+                command = "without --again the same command" if again else "the same command"
+                kept = _left(learner, store, branch, command)
             print(f"interrupted: {kept}", file=sys.stderr)
             raise SystemExit(130) from stop
         snapshot = None if dry_run else _keep(learner, name)
     at = branch if learner.store is None else learner.store.branch
     if as_json:
         end = {"store": str(store), "branch": at, "snapshot": snapshot, "dry_run": dry_run}
-        print_json({"model": model, "reads": [_finite(result) for result in results], **end})
+        print_json({"model": model, "reads": finite(results), **end})
     elif dry_run:
         print(f"a dry run: {store} is as it was")
     elif snapshot is None:
@@ -198,9 +195,16 @@ def _measured(learner: ContinualLearner, when: str, text: Any) -> dict[str, floa
     return {when: learner.loss(text)} | ({f"probe_{when}": learner.probe_loss()} if learner.probe else {})
 
 
-def _finite(result: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity; a loss that is one is null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+def _left(learner: ContinualLearner, store: Path, branch: str, command: str) -> str:
+    """What an interruption has left in the store."""
+    assert learner.store is not None
+    if learner.unsaved and not learner.stored:
+        return f"what was learned since the last snapshot in {store} is not kept, {command} goes on from there"
+    at = learner.store.branch
+    if at != branch:
+        moved = f"as another process has moved {branch}: go on with --branch {at}"
+        return f"all before is saved in {store} on {at}, {moved}"
+    return f"all before is saved in {store}, {command} goes on from there"
 
 
 def _print_read(result: dict[str, Any], report: ReadReport) -> None:

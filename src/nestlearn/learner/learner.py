@@ -38,6 +38,7 @@ from nestlearn.learner.step import flush, step
 from nestlearn.learner.store import Snapshot, Store
 from nestlearn.learner.store.compare import Diff
 from nestlearn.learner.stream import Text, Windows
+from nestlearn.train.evaluate import perplexity
 from nestlearn.train.generate import generate_text
 
 KEPT = 1  # automatic snapshots behind the newest one
@@ -110,7 +111,7 @@ class ContinualLearner:
         """Whether something was learned since the last snapshot was saved by name or by hand, or opened."""
         if self.snapshot is None:
             return self.state.read > 0
-        return self._saved is not self.state or self.snapshot.automatic
+        return not self.stored or self.snapshot.automatic
 
     @property
     def stored(self) -> bool:
@@ -279,7 +280,7 @@ class ContinualLearner:
         """
         store = None
         if name is not None:
-            snapshot = self.snapshot if self._saved is self.state and self.snapshot is not None else self.save()
+            snapshot = self.snapshot if self.stored and self.snapshot is not None else self.save()
             store = self._stored().fork(name, snapshot.id)
         other = ContinualLearner(
             self.model,
@@ -309,10 +310,10 @@ class ContinualLearner:
         if self._baseline is None:
             self._baseline = self.probe_loss({})
         loss = self.probe_loss()
-        worse = math.exp(min(loss - self._baseline, 700.0))
-        if not worse <= self.probe.limit:  # NaN is not
-            if not math.isfinite(loss):
-                return "the loss on the probe is not finite"
+        if not math.isfinite(loss):
+            return "the loss on the probe is not finite"
+        worse = perplexity(loss - self._baseline)
+        if worse > self.probe.limit:
             return (
                 f"the perplexity of the probe is {worse:.3f} times the pretrained model's (limit {self.probe.limit:g})"
             )

@@ -18,6 +18,7 @@ from nestlearn.convert import ContinualModel
 from nestlearn.errors import UserError
 from nestlearn.learner.cross_entropy import NOTHING, cross_entropy
 from nestlearn.learner.stream import Text, Windows, opening
+from nestlearn.train.positions import longest
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,17 @@ class Reading:
         """
         periods = [level.config.period for level in model.levels]
         start = tuple(opening(tokenizer))
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        room = longest - len(start) - context
+        most = longest(model.base) or math.inf
+        room = most - len(start) - context
         if context < 0 or room < 1:
-            raise UserError(f"context={context}: it must be 0 or more and leave room for a window in {longest} tokens")
+            raise UserError(f"context={context}: it must be 0 or more and leave room for a window in {most} tokens")
         whole = math.gcd(*periods)
         if window is None:
             window = whole if whole <= room else max(size for size in range(1, int(room) + 1) if whole % size == 0)
         if window < 1 or whole % window:
             raise UserError(f"window={window}: the periods of the levels, {periods}, must be whole numbers of windows")
         if window > room:
-            raise UserError(f"window={window} and context={context} do not fit into the model's {longest} tokens")
+            raise UserError(f"window={window} and context={context} do not fit into the model's {most} tokens")
         if window + context + len(start) < 2:
             raise UserError(
                 f"periods {periods} make windows of {window} token, which with nothing before it has none to predict: "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nestlearn.learner.state import LearnerState, Source
 from nestlearn.learner.step import Outcome
+from nestlearn.train.evaluate import perplexity
 
 SHOWN = 5  # refused windows that are printed one by one
 
@@ -73,10 +73,7 @@ class ReadReport:
             return f"nothing was read: {self.stopped}"
         if self.tokens == 0:
             return f"nothing new, {self.resumed:,} tokens were read before" if self.resumed else "nothing to read"
-        surprise = ""
-        if self.loss is not None:
-            perplexity = math.exp(self.loss) if self.loss < 700 else math.inf
-            surprise = f", loss {self.loss:.3f} (perplexity {perplexity:.2f})"
+        surprise = "" if self.loss is None else f", loss {self.loss:.3f} (perplexity {perplexity(self.loss):.2f})"
         lines = [f"read {self.tokens:,} tokens{surprise}, {self.tokens_per_second:,.0f} tokens/s"]
         if self.resumed:
             lines[0] += f", after {self.resumed:,} read before"

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -27,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nestlearn.errors import UserError
-from nestlearn.files import read_json, write_json
+from nestlearn.files import finite, read_json, write_json
 
 Result = dict[str, Any]
 
@@ -145,7 +144,7 @@ def _finish(cell: Cell, folder: Path) -> tuple[str, Result]:
     code = commit()
     begin = time.perf_counter()
     try:
-        result = _finite(cell.function(**cell.arguments, **cell.where))
+        result = finite(cell.function(**cell.arguments, **cell.where))
     except RuntimeError as error:
         from nestlearn.optim import NotFiniteGradient  # loads torch, which not every cell needs
 
@@ -156,15 +155,6 @@ def _finish(cell: Cell, folder: Path) -> tuple[str, Result]:
     seconds = round(time.perf_counter() - begin, 3)
     write_json(_path(cell, folder), {**_description(cell), "commit": code, "seconds": seconds, "result": result})
     return cell.name, result
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with null for every number that JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_here(cells: Sequence[Cell], folder: Path) -> Generator[tuple[str, Result], None, None]:

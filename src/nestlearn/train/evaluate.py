@@ -200,6 +200,15 @@ def _nats(logits: Tensor, targets: Tensor, batch: list[Window]) -> float:
     return total
 
 
+def perplexity(nats: float) -> float:
+    """``exp`` of nats per token; infinite where a float64 ends.
+
+    >>> perplexity(0.0), perplexity(1e6)
+    (1.0, inf)
+    """
+    return math.exp(nats) if nats < 700 else math.inf
+
+
 def _perplexity(nats: float) -> float:
     try:
         return math.exp(nats)

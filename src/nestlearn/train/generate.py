@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from nestlearn.convert import ContinualModel
+from nestlearn.data.text_files import is_undecoded
 from nestlearn.errors import UserError
 from nestlearn.train.positions import check_positions
 
@@ -131,7 +132,7 @@ def generate_text(
 
 def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask`` (1, T) of a prompt; of the start token if it is empty."""
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # undecodable bytes of a command line
+    if is_undecoded(prompt):
         raise UserError("the prompt is not UTF-8: give it in UTF-8")
     ids = tokenizer(prompt)["input_ids"]
     if not ids:

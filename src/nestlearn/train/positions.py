@@ -10,6 +10,11 @@ from nestlearn.errors import UserError
 TABLES = ("wpe", "embed_positions", "position_embeddings")  # of GPT-2, OPT, BERT and their kin
 
 
+def longest(model: nn.Module) -> int | None:
+    """The tokens that a model's configuration says it sees; None if it says nothing."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
+
+
 def check_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
     """Raise `UserError`, which calls them ``what``, if the model has a table of fewer positions than ``tokens``.
 

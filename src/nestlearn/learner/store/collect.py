@@ -81,10 +81,11 @@ def prune(folder: Path, known: References, at: str | None, keep_last: int) -> Re
     later = children(readable)
     standing = known.targets() | leased(folder)
     automatic = [s for s in newest_first(_behind(readable, at)) if s.automatic]
-    again = [s for s in automatic if len(later[s.id]) == 1 and _same_state(s, readable[later[s.id][0]])]
+    own = [s for s in automatic if len(later[s.id]) != 1 or not _same_state(s, readable[later[s.id][0]])]
+    standing |= {s.id for s in own[:keep_last]}
     victims = [
         s
-        for s in [*again, *[s for s in automatic if s not in again][keep_last:]]
+        for s in automatic
         if s.id not in standing
         and len(s.parents) <= 1
         and len(later[s.id]) == 1

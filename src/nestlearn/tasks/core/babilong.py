@@ -38,7 +38,9 @@ from nestlearn.tasks.core.babi import (
 )
 from nestlearn.tasks.core.models import Size, language_model
 from nestlearn.tasks.core.reading import MemoryMeter, advance, answer, tensor_bytes
-from nestlearn.tasks.core.step import COST, WRITES_COST, descend, with_cost
+from nestlearn.tasks.core.step import descend
+from nestlearn.tasks.core.writing import ROWS as WRITES_COST
+from nestlearn.tasks.core.writing import cost_of, lines, with_cost
 from nestlearn.tasks.datasets import lacking
 from nestlearn.tasks.layout import PALETTE, legend_below, panel_grid, save_figure, table
 from nestlearn.tasks.plan import Plan, Row
@@ -126,8 +128,7 @@ def plan(scale: str, data: str | None) -> Plan:
             longest = LONGEST[scale] if model == "hope" and task == next(iter(NAMES)) else []
             ladder = [*RECIPES[scale]["ladder"], *longest]
             arguments = {"task": task, "model": model, "options": options, "ladder": ladder}
-            cost = {"cost": COST} if name in WRITES_COST else {}
-            rows.append(Row(task, name, arguments | cost, absent))
+            rows.append(Row(task, name, arguments | cost_of(name), absent))
     return Plan("babilong", train_one, recipe, rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
 
@@ -391,7 +392,7 @@ def _short(length: int) -> str:
 
 def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: Path) -> Path:
     """Against the length: accuracy in each task that was run, a panel each, then the state and the memory."""
-    colours = dict(zip((name for name in MODELS if name not in WRITES_COST), PALETTE, strict=False))
+    styles = lines(MODELS, PALETTE)
     run = [task for task, models in found.items() if any(map(_lengths, models.values()))]
     keys = [(task, "accuracy", f"{task}: right answers (percent)") for task in run]
     keys += [(None, "state", "state of a stream (MiB)"), (None, "memory", "memory in use (MiB)")]
@@ -403,8 +404,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], lengths: Sequence[int], path: P
             if outcome is not None:
                 points = [(n, outcome["mean"][f"{key} {n}"]) for n in _lengths(outcome)]
                 width = 2.5 if base(name) == "hope" else 1.4
-                # Rows whose writes cost are dashed, in the colour of their model.
-                colour, line = (colours[base(name)], "o--") if name in WRITES_COST else (colours[name], "o-")
+                colour, line = styles[name]
                 axes.plot(*zip(*points, strict=True), line, color=colour, label=name, linewidth=width)
         axes.set_title(title, fontsize=10)
         axes.set_xscale("log")

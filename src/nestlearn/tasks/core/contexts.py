@@ -7,7 +7,6 @@ and c tokens before it, or more than c less a span. What changes from one contex
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -86,12 +85,3 @@ def losses_by_context(
         found[context] = total / count
     model.train(training)
     return found
-
-
-def perplexity(nats: float) -> float:
-    """``exp`` of nats per token; infinite where a float64 ends.
-
-    >>> perplexity(0.0), perplexity(1e6)
-    (1.0, inf)
-    """
-    return math.exp(nats) if nats < 700 else math.inf

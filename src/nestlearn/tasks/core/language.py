@@ -28,14 +28,14 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 from nestlearn.data.streams import token_units
 from nestlearn.optim import NotFiniteGradient
 from nestlearn.tasks.core import accuracy
-from nestlearn.tasks.core.contexts import losses_by_context, perplexity
+from nestlearn.tasks.core.contexts import losses_by_context
 from nestlearn.tasks.core.models import Size, language_model
 from nestlearn.tasks.core.paper import FIGURE_10, FIGURE_10_CONTEXTS, TABLE_2, TABLE_2_COLUMNS
 from nestlearn.tasks.datasets import lacking
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 from nestlearn.tasks.plan import Plan, Row
 from nestlearn.tasks.report import differences, measured, order_section
-from nestlearn.train.evaluate import NotFinite, evaluate_text
+from nestlearn.train.evaluate import NotFinite, evaluate_text, perplexity
 from nestlearn.train.model import TOKENS, count_parameters
 from nestlearn.train.recipe import DataRecipe, Recipe, TrainRecipe
 from nestlearn.train.run import Data, read_data

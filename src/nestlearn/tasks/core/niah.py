@@ -45,7 +45,9 @@ from nestlearn.tasks.core.needles import (
     share_found,
 )
 from nestlearn.tasks.core.paper import TABLE_1, TABLE_1_LENGTHS
-from nestlearn.tasks.core.step import COST, WRITES_COST, descend, with_cost
+from nestlearn.tasks.core.step import descend
+from nestlearn.tasks.core.writing import ROWS as WRITES_COST
+from nestlearn.tasks.core.writing import cost_of, lines, with_cost
 from nestlearn.tasks.layout import PALETTE, legend_below, new_figure, save_figure, table
 from nestlearn.tasks.plan import Plan, Row
 from nestlearn.tasks.report import base, differences, measured, order_section
@@ -109,8 +111,7 @@ def plan(scale: str, data: str | None) -> Plan:
     rows = []
     for name, (model, options) in ROWS.items():
         lengths = list(usual if model in GROWING else usual + further)
-        arguments = {"model": model, "lengths": lengths, "options": options}
-        arguments |= {"cost": COST} if name in WRITES_COST else {}
+        arguments = {"model": model, "lengths": lengths, "options": options, **cost_of(name)}
         rows.append(Row(SETTING if data is not None else WITHOUT_DATA, name, arguments, missing_text(data)))
     return Plan("niah", train_one, RECIPES[scale], rows, RATES[scale], SEEDS[scale], CRITERION, data)
 
@@ -149,11 +150,9 @@ def draw_figure(outcomes: Mapping[str, Any], lengths: Sequence[int], path: Path)
     figure = new_figure(11, 6.5)
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     trained = [run["trained_to"] for outcome in outcomes.values() for run in outcome.get("runs", [])]
-    colours = dict(zip((m for m in ROWS if m not in WRITES_COST), (GREY, *PALETTE[1:], PALETTE[0]), strict=True))
+    styles = lines(ROWS, (GREY, *PALETTE[1:], PALETTE[0]))
     for axes, task in zip(panels.flat, TASKS, strict=True):
-        for model in ROWS:
-            # Rows whose writes cost are dashed, in the colour of their model.
-            colour, line = (colours[base(model)], "o--") if model in WRITES_COST else (colours[model], "o-")
+        for model, (colour, line) in styles.items():
             mean = outcomes.get(model, {}).get("mean", {})
             points = [(n, mean[score_name(task, n)]) for n in lengths if score_name(task, n) in mean]
             xs, ys = zip(*points, strict=True) if points else ((), ())

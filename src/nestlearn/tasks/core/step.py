@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-from nestlearn.nn import step_sizes
 
 CLIP = 1.0  # norm of the whole gradient
 RISE = 10.0  # of that norm over its running mean
 REMEMBERED = 0.98  # of the mean, with each step
-
-# Rows of models whose writes cost, and nats for a mean step size of 1: steps can be zero and nothing is forgotten by
-# the clock, so that what is kept stays as it is. The cost was chosen from 1, 3 and 10 on BABILong.
-WRITES_COST: dict[str, tuple[str, dict[str, Any]]] = {
-    "hope, writes cost": ("hope", {"decay": False, "stretch": 0.1}),
-    "deltanet, writes cost": ("deltanet", {"stretch": 0.1}),
-}
-COST = 10.0
 
 
 class UsualNorm:
@@ -69,21 +56,3 @@ def descend(network: nn.Module, optimizer: Optimizer, loss: Tensor, lr: float, u
     optimizer.step()
     optimizer.zero_grad()
     return True
-
-
-def with_cost(network: nn.Module, cost: float, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """The loss of a forward pass, and that plus what its writes cost: ``cost`` nats times the mean step size of all
-    tokens, heads and layers.
-
-    >>> from nestlearn.nn import SelfReferentialTitans
-    >>> layer = SelfReferentialTitans(16, heads=2, chunk_size=4)
-    >>> loss, paid = with_cost(layer, 10.0, lambda: layer(torch.ones(1, 6, 16))[0].square().mean())
-    >>> bool(paid > loss)
-    True
-    """
-    if not cost:
-        value = loss()
-        return value, value
-    with step_sizes(network) as sizes:
-        value = loss()
-    return value, value + cost * torch.stack([eta.mean() for eta in sizes]).mean()

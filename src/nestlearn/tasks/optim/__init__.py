@@ -83,9 +83,8 @@ def _models(name: str, scale: str, data: str | None, out: Path, workers: int) ->
     missing = {optimizer: optimizers.missing(optimizer) for optimizer in MODEL_OPTIMIZERS[name]}
 
     def make_cell(setting: str, optimizer: str, lr: float, seed: int) -> Cell:
-        of_images = {"dataset": setting} if name == "vision" else {"data": None}
-        arguments = dict(optimizer=optimizer, lr=lr, seed=seed, scale=scale, **of_images)
-        where = {"data": data} if name == "vision" else {}
+        own, where = ({"dataset": setting}, {"data": data}) if name == "vision" else ({"data": None}, {})
+        arguments = dict(optimizer=optimizer, lr=lr, seed=seed, scale=scale, **own)
         return Cell(f"{name}-{setting}-{optimizer}-lr{lr:g}-seed{seed}", train, arguments, where)
 
     present = [optimizer for optimizer in MODEL_OPTIMIZERS[name] if missing[optimizer] is None]
