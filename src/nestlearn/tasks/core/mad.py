@@ -3,9 +3,9 @@
 A model is trained on a fixed set of sequences, `nestlearn.tasks.core.mad_data`, and its score is the share of asked
 symbols that it finds in new ones, averaged over settings: a baseline, and what makes it harder, one change at a time.
 Scale ``gpu`` has the benchmark's own settings, 12,800 sequences (memorisation 256), 200 epochs of batches of 128, width
-128 and two blocks; ``cpu`` the baselines alone, at about half the length, with a quarter of the sequences, a
-fortieth of the steps and one learning rate for all: what two cores do in an hour. As in the benchmark, compression is
-told from the last state by an MLP that gets that state and the position, for each position alone.
+128 and two blocks; ``cpu`` the baselines alone, at about half the length, a tenth of the steps, of a quarter of the
+batch, and one learning rate for all: what two cores do in two hours. As in the benchmark, compression is told from the
+last state by an MLP that gets that state and the position, for each position alone.
 
 Choices of ours: the learning rate is chosen on validation sequences, where the benchmark takes the best on the test
 sequences; it rises over the first `WARMUP` of the steps and falls to zero as a cosine, and gradients are clipped;
@@ -58,10 +58,10 @@ Grid = tuple[dict[str, int], dict[str, Sequence[int]]]
 GRIDS: dict[str, dict[str, Grid]] = {
     "smoke": {task: (dict(vocabulary=16, length=24, examples=16, copied=4), {}) for task in TABLE_4_TASKS},
     "cpu": {
-        "compression": (dict(vocabulary=16, length=32, examples=3200), {}),
-        "in-context recall": (dict(vocabulary=16, length=64, examples=3200), {}),
-        "fuzzy recall": (dict(vocabulary=16, length=64, examples=3200), {}),
-        "selective copying": (dict(vocabulary=16, length=64, examples=3200, copied=8), {}),
+        "compression": (dict(vocabulary=16, length=32, examples=12_800), {}),
+        "in-context recall": (dict(vocabulary=16, length=64, examples=12_800), {}),
+        "fuzzy recall": (dict(vocabulary=16, length=64, examples=12_800), {}),
+        "selective copying": (dict(vocabulary=16, length=64, examples=12_800, copied=8), {}),
         "memorisation": (dict(vocabulary=256, length=32, examples=256), {}),
     },
     "gpu": {
