@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 NOTHING = -100
 """The target where no token is predicted."""
-PIECE = 2**20  # logits that are worked on at a time
+PIECE = 2**19  # logits that are worked on at a time, in the cache of one core
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -24,19 +24,19 @@ class _CrossEntropy(torch.autograd.Function):
         values, wanted = logits.detach(), ctx.needs_input_grad[0]
         rows = max(1, PIECE // logits.shape[-1])
         losses = torch.empty(len(targets), dtype=logits.dtype, device=logits.device)
-        shares = torch.empty_like(logits[:rows])
         for start in range(0, len(targets), rows):
-            part, answers = values[start : start + rows], targets[start : start + rows, None]
-            nothing, answers = answers == NOTHING, answers.clamp(min=0)
-            share = torch.softmax(part, -1, out=shares[: len(part)])
-            # The largest share is never rounded to zero, that of the answer may be.
-            largest = part.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log()
-            loss = (largest - part.gather(-1, answers)).masked_fill(nothing, 0)
-            losses[start : start + rows] = loss[:, 0]
+            part, answers = values[start : start + rows], targets[start : start + rows, None].clamp(min=0)
+            part = part if wanted else part.clone()
+            largest = part.amax(-1, keepdim=True)
+            answer = part.gather(-1, answers) - largest
+            total = part.sub_(largest).exp_().sum(-1, keepdim=True)
+            losses[start : start + rows] = (total.log() - answer)[:, 0]
             if wanted:
-                share.scatter_add_(-1, answers, torch.full_like(loss, -1))
-                part.copy_(share.masked_fill_(nothing, 0))
+                part.mul_(total.reciprocal()).scatter_add_(-1, answers, torch.full_like(answer, -1))
+        nothing = targets == NOTHING
+        losses[nothing] = 0
         if wanted:
+            values[nothing] = 0
             ctx.save_for_backward(values)
         return losses
 

@@ -54,6 +54,7 @@ class LevelState:
         tokens: read since the last update.
         scored: of these, how many were predicted: the gathered sum divided by it is the mean.
         updates: made so far.
+        size: ||theta_0|| of the level, from the first update on; not in a snapshot, as the base model has it.
         moved: ||theta - theta_0|| / ||theta_0|| of the level after its last update.
         surprise: running scale of the logarithm of the norm of a window's mean gradient.
     """
@@ -65,6 +66,7 @@ class LevelState:
     tokens: int = 0
     scored: int = 0
     updates: int = 0
+    size: float | None = None
     moved: float = 0.0
     surprise: Scale = Scale()
 

@@ -72,6 +72,7 @@ def update(
     weights: Tensors = {}
     slots: dict[str, tuple[Tensor, ...]] = {}
     distances, sizes = [], []
+    size = state.size
     # One weight after the other, so that what a step reads and writes of it stays in the processor's cache.
     for name, gradient in gradients.items():
         # Contiguous, as the fused AdamW reads gradients in the order of memory and not by their strides.
@@ -83,8 +84,11 @@ def update(
             w = old + kept[name].bend(w - old)
         weights[name] = w
         distances.append(torch.linalg.vector_norm(w - pretrained))
-        sizes.append(torch.linalg.vector_norm(pretrained))
-    distance, size = (float(torch.linalg.vector_norm(torch.stack(norms))) for norms in (distances, sizes))
+        if size is None:
+            sizes.append(torch.linalg.vector_norm(pretrained))
+    distance = float(torch.linalg.vector_norm(torch.stack(distances)))
+    if size is None:
+        size = float(torch.linalg.vector_norm(torch.stack(sizes)))
     if not math.isfinite(distance):
         return None
     share = 1.0 - level.retention
@@ -100,6 +104,7 @@ def update(
         tokens=0,
         scored=0,
         updates=state.updates + 1,
+        size=size,
         moved=share * distance / size if size else 0.0,
     )
 
