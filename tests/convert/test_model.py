@@ -425,6 +425,16 @@ def test_wrong_models_are_refused() -> None:
         convert(make(), LevelsConfig(kind="split", levels=[Level(4, 0.1)] * 29))
 
 
+@pytest.mark.parametrize("kind", ["depthwise", "split"])
+def test_a_base_whose_weights_have_gone_is_refused(kind: str) -> None:
+    """accelerate's offload leaves them on the meta device, by which PyTorch multiplies without a word."""
+    model = convert(make(), LevelsConfig(kind=kind))
+    learned = moved(model)
+    model.base.to("meta")
+    with model.using(learned), pytest.raises(UserError, match="on no device"):
+        model.base.model.layers[-1].mlp(torch.ones(1, 3, 16))
+
+
 def test_the_hash_names_the_base() -> None:
     model = make()
     before = base_hash(model)

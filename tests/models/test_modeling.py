@@ -211,6 +211,20 @@ def test_the_trainer_smooths_labels_of_the_next_token(tmp_path: Path) -> None:
     torch.testing.assert_close(loss, model(tokens, labels=tokens).loss, rtol=1e-4, atol=0)
 
 
+def test_filler_tells_nothing_of_the_tokens_that_follow_it() -> None:
+    """A loss taken outside of the model, as by the Trainer that smooths labels, may look at it."""
+    model, x = hope(["hope", "hope-attention"], cms_chunk_sizes=[4, 8]), ids(2, 9)
+    mask = torch.ones(2, 9)
+    mask[0, :3] = 0
+    out = model(x, attention_mask=mask, output_hidden_states=True)
+    other = x.clone()
+    other[0, 5:] = x[1, 5:]
+    assert not torch.equal(x, other)
+    again = model(other, attention_mask=mask)
+    assert torch.equal(out.logits[0, :3], again.logits[0, :3])
+    assert out.hidden_states[-1][0, :3].abs().max() == 0
+
+
 def test_trainer_fits_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     kinds = {"block_types": ["hope", "hope-attention"], "cms_chunk_sizes": [4, 8], "initializer_range": 0.02}
     whole = trainer(tmp_path / "whole", hope(**kinds).train(), 5)

@@ -162,6 +162,11 @@ class AdaptiveMLP(nn.Module):
     def _read(self, piece: Piece, weights: Weights) -> Tensor:
         """The learned weight in the data type of the base, or the pretrained one."""
         base = piece.pretrained()
+        if base.is_meta:  # PyTorch multiplies by it without a word, and the result is what lies in memory
+            raise UserError(
+                f"the weights of {piece.name} are on no device, where accelerate's offload leaves them: learn, and use "
+                "what was learned, with the whole model in memory"
+            )
         learned = weights.get(piece.name)
         if learned is None:
             return base

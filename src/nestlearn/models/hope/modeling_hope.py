@@ -90,7 +90,7 @@ class HopeModel(HopePreTrainedModel):
         Args:
             input_ids: the new tokens; or ``inputs_embeds``, their embeddings.
             attention_mask: (B, T) or (B, past + T), zero where a row holds filler, which may stand anywhere: it
-                changes no state and no position. Hidden states at filler are finite and meaningless.
+                changes no state and no position. Hidden states at filler are zero.
             past_key_values: the state after earlier tokens, read and updated in place.
             use_cache: whether to return the state; by default ``config.use_cache`` outside training.
             output_hidden_states: whether to return those after the embedding and after every block too.
@@ -136,6 +136,9 @@ class HopeModel(HopePreTrainedModel):
                 hidden_states = permute(collected[-1], front)
             hidden_states = block(hidden_states, lengths=lengths, past_key_values=past_key_values)
         hidden_states = permute(self.norm(hidden_states if recorded is None else recorded), back)
+        if valid is not None:
+            # Filler went behind the tokens and has seen all of them: whoever makes a loss of it would be told the answer.
+            hidden_states = hidden_states.masked_fill(~valid[..., None], 0.0)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
@@ -207,7 +210,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if attention_mask is not None:
-                # What a filler column predicts is meaningless: it has even seen the tokens that follow it.
+                # What a filler column predicts is meaningless.
                 filler = attention_mask[:, attention_mask.shape[1] - labels.shape[1] : -1] == 0
                 labels = labels.masked_fill(F.pad(filler, (1, 0)), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)

@@ -118,7 +118,7 @@ def _learn(
             hidden = read(tokens, cache)
         logits = head(hidden).flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, targets.reshape(-1), reduction="sum")
+        loss = F.cross_entropy(logits, targets.reshape(-1).long(), reduction="sum")
         flat = [w for own in aliases for w in own]
         gradients = iter(torch.autograd.grad(loss, flat, create_graph=outer))
     with torch.set_grad_enabled(outer):
