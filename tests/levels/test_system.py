@@ -187,3 +187,13 @@ def test_frequencies_are_exact_and_told_in_words() -> None:
     assert str(UpdateFrequency.every(2, "token", updates=3)) == "3/2 per token"
     assert (NON_PARAMETRIC.period, FROZEN.period) == (None, None)
     assert str(NON_PARAMETRIC) == "infinite (non-parametric)"
+
+
+@pytest.mark.parametrize("period", [1, 3, 1_500_000_000, 10**10])
+def test_any_period_is_kept(period: int) -> None:
+    assert UpdateFrequency.every(period, "token").period == period
+
+
+def test_a_small_rate_is_not_frozen() -> None:
+    assert UpdateFrequency(0.1).rate == Fraction(1, 10)
+    assert UpdateFrequency(1e-12).rate > 0

@@ -139,3 +139,19 @@ def test_bad_objectives_are_named() -> None:
         objectives.lp(0.5)
     with pytest.raises(UserError, match="did you mean 'dot'"):
         objectives.get("dott")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[1:], ids=lambda o: o.name)
+def test_an_error_that_is_not_a_number_stays_so(objective) -> None:
+    assert objective.error(torch.tensor([float("nan")]), torch.zeros(1)).isnan().all()
+
+
+@pytest.mark.parametrize("p", [0.5, float("nan"), float("inf")])
+def test_an_order_without_an_objective_is_refused(p: float) -> None:
+    with pytest.raises(UserError, match="needs p >= 1"):
+        objectives.lp(p)
+
+
+def test_a_residual_of_another_width_is_refused() -> None:
+    with pytest.raises(UserError, match="adds 4 channels of input to 1"):
+        MLPMemory(4, 1, 3, skip=True)

@@ -377,3 +377,77 @@ def test_a_copy_steps_itself_where_a_scheduler_has_wrapped_step(how: Any) -> Non
     run(twin, copied, xs[3:])
     assert (optimizer.steps, copied.steps) == (3, 6)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    slow, fast = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = LevelwiseOptimizer(Momentum([slow, fast], lr=1.0, momentum=0.0), {slow: 4})
+    for gradient in (1.0, 1.0, float("nan"), 1.0, float("nan"), 1.0):
+        slow.grad, fast.grad = torch.ones(1), torch.tensor([gradient])
+        if gradient == 1.0:
+            optimizer.step()
+        else:
+            with pytest.raises(NotFiniteGradient):
+                optimizer.step()
+            assert slow.grad.tolist() == [1.0]
+    assert (optimizer.steps, slow.tolist(), fast.tolist()) == (4, [-4.0], [-4.0])
+
+
+def test_a_refused_flush_keeps_what_it_was_to_apply() -> None:
+    slow, fast = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = LevelwiseOptimizer(torch.optim.SGD([slow, fast], lr=1.0), {slow: 4})
+    slow.grad = fast.grad = torch.ones(1)
+    optimizer.step()
+    hook = optimizer.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.flush()
+    hook.remove()
+    optimizer.flush()
+    assert slow.tolist() == [-1.0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_scales_back_whatever_the_inner_optimizer_can(fused: bool) -> None:
+    slow, fast = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = LevelwiseOptimizer(torch.optim.SGD([slow, fast], lr=0.01, fused=fused), {slow: 2})
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        scaler.scale((2 * slow + 3 * fast).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close([slow.item(), fast.item()], [0.92, 0.88])
+
+
+def test_a_parameter_frozen_in_mid_chunk_rests() -> None:
+    slow, fast = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = LevelwiseOptimizer(torch.optim.SGD([slow, fast], lr=1.0), {slow: 4})
+    for step in range(4):
+        slow.grad, fast.grad = torch.ones(1) if step < 2 else None, torch.ones(1)
+        slow.requires_grad_(step < 2)
+        optimizer.step()
+    assert (slow.tolist(), fast.tolist()) == ([0.0], [-4.0])
+
+
+def test_a_sum_that_a_half_parameter_cannot_hold_is_refused() -> None:
+    w = nn.Parameter(torch.zeros(1, dtype=torch.float16))
+    optimizer = LevelwiseOptimizer(torch.optim.SGD([w], lr=1e-6), {w: 100})
+    for _ in range(99):
+        w.grad = torch.full_like(w, 1000)
+        optimizer.step()
+    w.grad = torch.full_like(w, 1000)
+    with pytest.raises(NotFiniteGradient, match=r"over 100 steps is too large for torch\.float16"):
+        optimizer.step()
+    assert w.tolist() == [0.0]
+
+
+def test_what_is_no_optimizer_or_no_parameter_is_refused() -> None:
+    w = nn.Parameter(torch.zeros(1))
+    inner = torch.optim.SGD([w], lr=1.0)
+    for optimizer, periods, message in (
+        (LevelwiseOptimizer(inner, {w: 2}), {}, "got a LevelwiseOptimizer"),
+        (w, {}, "got a Parameter"),
+        (inner, {"weight": 2}, "'weight', which is no parameter"),
+    ):
+        with pytest.raises(UserError, match=message):
+            LevelwiseOptimizer(optimizer, periods)

@@ -220,6 +220,7 @@ def test_horizon_of_momentum():
     [
         (Momentum, {"momentum": 1.5}, "momentum=1.5"),
         (Momentum, {"lr": -1.0}, "lr=-1.0"),
+        (Momentum, {"lr": float("inf")}, "lr=inf"),
         (Momentum, {"lr": float("nan")}, "lr=nan"),
         (Momentum, {"output": "sing"}, "did you mean 'sign'"),
         (PreconditionedMomentum, {"preconditioner": "full"}, "'diagonal'"),

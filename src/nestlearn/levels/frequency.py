@@ -44,7 +44,10 @@ class UpdateFrequency:
                 "0 for frozen or infinity for non-parametric"
             )
         if self.rate < math.inf:
-            object.__setattr__(self, "rate", Fraction(self.rate).limit_denominator(10**9))
+            rate = Fraction(self.rate)
+            if isinstance(self.rate, float) and rate > Fraction(1, 10**9):  # 0.1 is meant as 1/10
+                rate = rate.limit_denominator(10**9)
+            object.__setattr__(self, "rate", rate)
 
     @classmethod
     def every(cls, period: int, unit: Literal["token", "step"] = "step", updates: float = 1) -> UpdateFrequency:

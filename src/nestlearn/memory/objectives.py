@@ -8,6 +8,7 @@ Shapes: ``y`` and ``v`` are (..., d); values are (...), errors (..., d).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def _lp_error(y: Tensor, v: Tensor, p: float) -> Tensor:
     size = (y - v).abs()
     # At zero, pow has no derivative for p < 2: the outer gradient would be NaN where a memory is exact.
     power = torch.where(size > 0, size, 1.0).pow(p - 1)
-    return torch.where(size > 0, (y - v).sign() * power, 0.0)
+    return torch.where(size > 0, (y - v).sign() * power, size)  # zero, or NaN as it came
 
 
 dot_product = Objective("dot", _dot_value, _dot_error)
@@ -69,13 +70,13 @@ def lp(p: float) -> Objective:
     """The Lp objective of Miras (section 5), ``1/p ||y - v||_p^p`` for ``p >= 1``.
 
     Raises:
-        UserError: ``p`` is below 1, where the objective is not convex.
+        UserError: ``p`` is below 1, where the objective is not convex, or not finite.
 
     >>> import torch
     >>> lp(3.0).error(torch.tensor([2.0]), torch.tensor([0.0]))
     tensor([4.])
     """
-    if p < 1:
+    if not 1 <= p < math.inf:
         raise UserError(f"the Lp objective needs p >= 1, got p={p}: choose 1 (robust) or more")
     return Objective(f"l{p:g}", partial(_lp_value, p=p), partial(_lp_error, p=p))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nestlearn.errors import UserError
 from nestlearn.memory.objectives import Objective
 
 Weights = tuple[Tensor, ...]
@@ -89,6 +90,10 @@ class MLPMemory(_Memory):
     d_out: int
     d_hidden: int
     skip: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.skip and self.d_in != self.d_out:
+            raise UserError(f"skip=True adds {self.d_in} channels of input to {self.d_out} of output: leave it out")
 
     @property
     def residual(self) -> bool:

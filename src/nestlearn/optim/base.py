@@ -9,6 +9,7 @@ not finite.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from typing import Any
@@ -256,11 +257,15 @@ def by_step(memories: list[State]) -> Iterator[tuple[int, list[int]]]:
     yield from positions.items()
 
 
-def check_range(optimizer: object, name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raise `UserError` unless ``value`` is a number (or a tensor of one) and ``low <= value <= high``."""
+def check_range(optimizer: object, name: str, value: Any, low: float, high: float | None = None) -> None:
+    """Raise `UserError` unless ``value`` is a number (or a tensor of one) and ``low <= value <= high``; it must be
+    finite without ``high``."""
     number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-    if not number or not low <= float(value) <= high:
-        allowed = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+    if not number or not low <= float(value) <= (sys.float_info.max if high is None else high):
+        if high is None:
+            allowed = f"{low:g} or more, and finite"
+        else:
+            allowed = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
         raise UserError(f"{type(optimizer).__name__} got {name}={value!r}: it must be {allowed}")
 
 

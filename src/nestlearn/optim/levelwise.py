@@ -52,12 +52,23 @@ class LevelwiseOptimizer(Optimizer):
     -2.0 -2.0
     """
 
+    _step_supports_amp_scaling = False  # of GradScaler: a fused inner optimizer does not see what is set here
+
     def __init__(self, optimizer: Optimizer, periods: Mapping[nn.Parameter, int], error: str = "sum") -> None:
         # Not the base's __init__: groups, state and hooks are the inner optimizer's.
         if error not in ERRORS:
             raise UserError(f"unknown error {error!r} of a LevelwiseOptimizer: {nearest(str(error), ERRORS)}")
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LevelwiseOptimizer):
+            raise UserError(
+                f"a LevelwiseOptimizer steps another optimizer and got a {type(optimizer).__name__}: give one of "
+                "torch.optim or nestlearn.optim, with all periods at once"
+            )
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for p, period in periods.items():
+            if not isinstance(p, Tensor):
+                raise UserError(
+                    f"a period is given for {p!r}, which is no parameter: nestlearn.optim.periods_of takes names"
+                )
             check_period(period, f"a parameter of shape {tuple(p.shape)}")
             if id(p) not in known:
                 raise UserError(
@@ -138,47 +149,80 @@ class LevelwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for p, period in self.periods.items():
-            if self.error == "last":
+        if self.error == "last":
+            for p in self.periods:
                 if not self.due(p):
                     p.grad = None
-                continue
-            self._check(p)
-            if self.due(p):
-                self._give_back(p, period)
-            elif p.grad is not None:
-                p.grad, self._kept[p] = None, self._sum(p)
-        self.optimizer.step()
+            self.optimizer.step()
+        else:
+            self._step_gathered()
         self.steps += 1
         self._rest()
         return loss
 
+    def _step_gathered(self) -> None:
+        """A step in which slow parameters gather, or are given what they have gathered. If it is refused, nothing has
+        changed."""
+        given = {p: p.grad for p in self.periods}
+        for p in given:
+            self._check(p)
+        try:
+            for p, gradient in given.items():
+                if not self.due(p):
+                    p.grad = None
+                elif p.requires_grad:
+                    p.grad = self._gathered(p, gradient)
+            self.optimizer.step()
+        except BaseException:
+            for p, gradient in given.items():
+                p.grad = gradient
+            raise
+        for p, gradient in given.items():
+            if self.due(p) or not p.requires_grad:
+                self._kept.pop(p, None)
+            elif gradient is not None:
+                self._keep(p, gradient)
+
     def flush(self) -> None:
         """Update now what slow levels have kept of an unfinished chunk, and let every parameter ask for gradients."""
-        waiting = list(self._kept)
-        fast = [(p, p.grad) for group in self.param_groups for p in group["params"]]
-        for p, _ in fast:
+        given = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        for p, _ in given:
             p.grad = None
-        for p in waiting:
-            self._give_back(p, self.periods[p])
-        if waiting:
-            self.optimizer.step()
-        for p, gradient in fast:
-            p.grad = gradient
-        self._wake()
+        try:
+            for p in self._kept:
+                if p.requires_grad:
+                    p.grad = self._gathered(p, None)
+            if self._kept:
+                self.optimizer.step()
+            self._kept.clear()
+        finally:
+            for p, gradient in given:
+                p.grad = gradient
+            self._wake()
 
-    def _sum(self, p: nn.Parameter) -> Tensor:
-        assert p.grad is not None
+    def _keep(self, p: nn.Parameter, gradient: Tensor) -> None:
         kept = self._kept.get(p)
         if kept is None:  # a copy: the gradient may lie in a bucket of DistributedDataParallel that is written again
-            return p.grad.to(torch.promote_types(p.grad.dtype, torch.float32), copy=True)
-        return kept.add_(p.grad) if p.grad.layout == torch.strided else kept + p.grad
+            self._kept[p] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        else:
+            self._kept[p] = kept.add_(gradient) if gradient.layout == torch.strided else kept + gradient
 
-    def _give_back(self, p: nn.Parameter, period: int) -> None:
-        total = self._sum(p) if p.grad is not None else self._kept.get(p)
-        self._kept.pop(p, None)
-        if total is not None:
-            p.grad = (total / period if self.error == "mean" else total).to(p.dtype)
+    def _gathered(self, p: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
+        """The error of the chunk that ends with ``gradient``, as `p` takes it."""
+        kept = self._kept.get(p)
+        if kept is None or gradient is None:
+            total = gradient if kept is None else kept
+        else:
+            total = kept + gradient
+        if total is None:
+            return None
+        made = (total / self.periods.get(p, 1) if self.error == "mean" else total).to(p.dtype)
+        if made.dtype != total.dtype and made.is_cpu and not made.to_dense().isfinite().all():
+            raise NotFiniteGradient(
+                f"the gradient of {self._name(p)} over {self.periods.get(p, 1)} steps is too large for {made.dtype}: "
+                "take error='mean', or a parameter in float32"
+            )
+        return made
 
     def _check(self, p: nn.Parameter) -> None:
         if p.grad is not None and p.grad.is_cpu and not p.grad.sum().isfinite():

@@ -137,7 +137,7 @@ class HopeModel(HopePreTrainedModel):
             hidden_states = block(hidden_states, lengths=lengths, past_key_values=past_key_values)
         hidden_states = permute(self.norm(hidden_states if recorded is None else recorded), back)
         if valid is not None:
-            # Filler went behind the tokens and has seen all of them: whoever makes a loss of it would be told the answer.
+            # Filler went behind the tokens and has seen all of them: a loss made of it would be told the answer.
             hidden_states = hidden_states.masked_fill(~valid[..., None], 0.0)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
