@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nestlearn.errors import UserError
 from nestlearn.levels import adapt, descend, direct, generate_weights, initialisation
+from nestlearn.nn import ContinuumMemory
 from nestlearn.optim import LevelwiseOptimizer, periods_of
 
 WIDE = torch.float64
@@ -49,6 +50,17 @@ def test_direct_from_an_output_and_from_nested_states() -> None:
     assert seen["steps"] == 3
     assert not any(t.requires_grad for t in (seen["memories"][0], seen["memories"][1][0]))
     assert torch.equal(seen["memories"][0], 2 * w)
+
+
+def test_direct_from_a_state_of_this_package() -> None:
+    memory, x = ContinuumMemory(4, [2, 4], online="local"), torch.ones(1, 3, 4)
+    state = memory(x)[1]
+    direct(lambda x, s: memory(x, s)[0].sum(), x, state).backward()
+    through = {name for name, p in memory.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    memory.zero_grad()
+    memory(x, state.detach())[0].sum().backward()
+    assert through == {name for name, p in memory.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert direct(lambda _, s: s.levels[0].weights[0].requires_grad, x, state) is False
 
 
 def test_direct_non_parametric_reads_the_context() -> None:

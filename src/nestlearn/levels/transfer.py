@@ -33,14 +33,15 @@ def direct(block: Callable[..., Any], x: Any, knowledge: Any) -> Any:
         block: what reads.
         x: its own input; gradients to it, and to the block's parameters, are as ever.
         knowledge: of the other block. Parametric transfer hands over its parameters or state (Eq. 24) or its output
-            (Eq. 25), non-parametric transfer its context, such as the keys and values of attention (Eq. 27). A tensor,
-            or tensors in tuples, lists and dictionaries, which are detached; other things are passed on as they are.
+            (Eq. 25), non-parametric transfer its context, such as the keys and values of attention (Eq. 27). Tensors
+            and states of this package's layers, or those in tuples, lists and dictionaries, are detached; other things
+            are passed on as they are.
 
     >>> memory, query = torch.ones(1, 2, requires_grad=True), torch.ones(2, requires_grad=True)
     >>> direct(lambda q, m: m @ q, query, memory).sum().backward(); (memory.grad, query.grad)
     (None, tensor([1., 1.]))
     """
-    return block(x, pytree.tree_map_only(Tensor, Tensor.detach, knowledge))
+    return block(x, pytree.tree_map(lambda part: part.detach() if hasattr(part, "detach") else part, knowledge))
 
 
 def descend(

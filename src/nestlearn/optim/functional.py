@@ -51,7 +51,7 @@ def m3(w: Tensor, g: Tensor, slots: Slots, lr: Tensor) -> tuple[Tensor, Slots]:
     """`M3` with its defaults (Eq. 75, Algorithm 1, with decay and the relative damped denominator).
 
     Slots: fast momentum, second moment, slow momentum, what the slow one will take in, the orthogonalised slow one,
-    and the step count, (..., 1, 1).
+    and the steps of the chunk that is running, (..., 1, 1).
     """
     beta1, beta2, beta3 = M3_BETAS
     if not slots:
@@ -71,7 +71,14 @@ def m3(w: Tensor, g: Tensor, slots: Slots, lr: Tensor) -> tuple[Tensor, Slots]:
     root = (second + TINY).sqrt()
     divided = update / (root / (second.mean((-2, -1), keepdim=True) + TINY).sqrt() + 1.0)
     update = divided * (_norm(update) / _norm(divided))
-    return w - lr * adjustment(w.shape[-2:], "original") * update, (fast, second, slow, gathered, slow_o, count + 1)
+    return w - lr * adjustment(w.shape[-2:], "original") * update, (
+        fast,
+        second,
+        slow,
+        gathered,
+        slow_o,
+        count % M3_CHUNK + 1,
+    )
 
 
 STEPS: dict[str, Step] = {"sgd": sgd, "dgd": sgd, "delta-momentum": delta_momentum, "m3": m3}
