@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.errors import UserError
-from nestlearn.nn.lengths import check_lengths
+from nestlearn.nn.lengths import counted
 
 
 @dataclass
@@ -90,7 +90,7 @@ class CausalAttention(nn.Module):
             UserError: a state of another layer, or ``lengths`` that are not one number from 0 to T per row.
         """
         B, T, D = x_BTD.shape
-        check_lengths(lengths, B, T)
+        x_BTD = counted(x_BTD, lengths)
         if state is not None and not isinstance(state, AttentionState):
             raise UserError(f"the state is a {type(state).__name__}: give what an earlier call returned, or None")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.errors import UserError
-from nestlearn.nn.lengths import check_lengths
+from nestlearn.nn.lengths import counted
 
 
 class CausalConv(nn.Module):
@@ -71,7 +71,7 @@ class CausalConv(nn.Module):
             UserError: ``lengths`` that are not one number from 0 to T per row.
         """
         B, T, D = x_BTD.shape
-        check_lengths(lengths, B, T)
+        x_BTD = counted(x_BTD, lengths)
         past = self.kernel - 1
         before = x_BTD.new_zeros(B, past, D) if state is None else state.to(x_BTD.dtype)
         window = torch.cat([before, x_BTD], dim=1)

@@ -20,7 +20,7 @@ from nestlearn.memory.structures import Weights
 from nestlearn.nn.continuum.level import ContinuumLevel
 from nestlearn.nn.continuum.state import ContinuumState, LevelState
 from nestlearn.nn.continuum.update import LevelUpdate
-from nestlearn.nn.lengths import check_lengths
+from nestlearn.nn.lengths import counted
 
 ACTIVATIONS = ("swiglu", "mlp")
 VARIANTS = ("sequential", "nested", "independent")
@@ -168,7 +168,7 @@ class ContinuumMemory(nn.Module):
         if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.dim or not x_BTD.is_floating_point():
             given = f"the input has shape {tuple(x_BTD.shape)}, {x_BTD.dtype}"
             raise UserError(f"{given}: it must be (batch, tokens, {self.dim}), floating point")
-        check_lengths(lengths, *x_BTD.shape[:2])
+        x_BTD = counted(x_BTD, lengths)
         if self.online is None:
             if state is not None:
                 raise UserError("a ContinuumMemory with online=None keeps no state: leave the state out")
