@@ -451,3 +451,17 @@ def test_what_is_no_optimizer_or_no_parameter_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=message):
             LevelwiseOptimizer(optimizer, periods)
+
+
+def test_a_second_wrapper_finds_what_the_first_has_put_to_rest() -> None:
+    slow, fast = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+    for _ in range(2):  # as a cell of a notebook that runs twice
+        optimizer = LevelwiseOptimizer(torch.optim.SGD([slow, fast, frozen], lr=1.0), {slow: 4, frozen: 2}, "last")
+        for _ in range(5):
+            (slow + fast).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    optimizer.flush()
+    assert (slow.tolist(), fast.tolist(), frozen.tolist()) == ([-2.0], [-10.0], [0.0])
+    assert [p.requires_grad for p in (slow, fast, frozen)] == [True, True, False]

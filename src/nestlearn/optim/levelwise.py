@@ -16,6 +16,7 @@ from nestlearn.optim.base import NotFiniteGradient
 from nestlearn.optim.inputs import LayerOptimizer
 
 ERRORS = ("sum", "mean", "last")
+RESTS = "_rests_between_updates"  # an attribute of a parameter whose requires_grad is off for that reason alone
 
 
 class LevelwiseOptimizer(Optimizer):
@@ -80,7 +81,10 @@ class LevelwiseOptimizer(Optimizer):
         self._check_inner(type(optimizer).__name__)
         self.steps = 0
         self._kept: dict[nn.Parameter, Tensor] = {}
-        self._resting: list[nn.Parameter] = []
+        # Those that another LevelwiseOptimizer, which may be gone, has put to rest are not frozen.
+        everyone = (p for group in self.param_groups for p in group["params"])
+        self._resting: list[nn.Parameter] = [p for p in everyone if RESTS in p.__dict__]
+        self._wake()
         self._rest()
 
     def _check_inner(self, name: str) -> None:
@@ -248,11 +252,13 @@ class LevelwiseOptimizer(Optimizer):
         for p in self.periods:
             if not self.due(p) and p.requires_grad:
                 p.requires_grad_(False)
+                p.__dict__[RESTS] = True
                 self._resting.append(p)
 
     def _wake(self) -> None:
         for p in self._resting:
             p.requires_grad_(True)
+            p.__dict__.pop(RESTS, None)
         self._resting.clear()
 
     # A checkpoint in mid-chunk goes on to the same bits
