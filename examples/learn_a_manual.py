@@ -2,7 +2,7 @@
 
 python examples/learn_a_manual.py [MANUAL.txt] [--question "How do I ...?"] [--store memory]
 
-Without a file it reads what `python -m pydoc argparse` prints. About 8,000 tokens, a few minutes on two cores.
+Without a file it reads what `python -m pydoc argparse` prints. About 7,000 tokens, a few minutes on two cores.
 """
 
 from __future__ import annotations

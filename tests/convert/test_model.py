@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -433,6 +434,14 @@ def test_a_base_whose_weights_have_gone_is_refused(kind: str) -> None:
     model.base.to("meta")
     with model.using(learned), pytest.raises(UserError, match="on no device"):
         model.base.model.layers[-1].mlp(torch.ones(1, 3, 16))
+
+
+def test_a_converted_model_can_be_pickled() -> None:
+    model = convert(make())
+    model.weights = moved(model)
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301
+    x = tokens(1, 5)
+    assert torch.equal(again(x).logits, model(x).logits)
 
 
 def test_the_hash_names_the_base() -> None:

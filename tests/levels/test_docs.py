@@ -6,10 +6,7 @@ from textwrap import dedent
 
 import pytest
 import torch
-from torch import nn
-from torch.func import functional_call
 
-from nestlearn import levels
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "levels.md").read_text()
@@ -37,11 +34,7 @@ def test_a_system_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_pieces_of_knowledge_transfer() -> None:
     code = "\n".join(block for block in CODE if "# direct" in block or "functional_call" in block)
     assert all(name in code for name in ("direct(", "descend(", "initialisation(", "generate_weights("))
-    net = nn.Sequential(nn.Linear(3, 2))
-    x, y = torch.ones(4, 3), torch.zeros(4, 2)
-    scope = dict(net=net, block=net, x=x, y=y, x_new=x, y_new=y, batches=[(x, y)] * 8, functional_call=functional_call)
-    scope |= dict(query=torch.ones(2), memory=torch.ones(2, 2), mse=nn.functional.mse_loss, c=torch.ones(1))
-    scope |= dict(generator=nn.Linear(1, 8)) | {name: getattr(levels, name) for name in levels.__all__}
+    scope: dict = {}
     exec(code, scope)
-    assert scope["y"].shape == (4, 2)
-    assert not torch.equal(scope["after"]["0.weight"], net[0].weight)
+    assert scope["out"].shape == (4, 1)
+    assert not torch.equal(scope["after"]["0.weight"], scope["net"][0].weight)

@@ -211,6 +211,19 @@ def test_the_trainer_smooths_labels_of_the_next_token(tmp_path: Path) -> None:
     torch.testing.assert_close(loss, model(tokens, labels=tokens).loss, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_trainers_count_of_labels_is_that_of_the_loss(side: str) -> None:
+    """It divides by the labels that it gave, of which the first of a row behind filler is predicted by nothing."""
+    model, x = hope(["hope", "attention"], cms_chunk_sizes=[4, 8]), ids(3, 9)
+    mask = torch.ones_like(x)
+    for row, filler in enumerate((0, 2, 5)):
+        mask[row, slice(0, filler) if side == "left" else slice(9 - filler, 9)] = 0
+    labels = x.masked_fill(mask == 0, -100)
+    count = (labels[:, 1:] != -100).sum()
+    loss = model(x, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(model(x, attention_mask=mask, labels=labels, num_items_in_batch=count).loss, loss)
+
+
 def test_filler_tells_nothing_of_the_tokens_that_follow_it() -> None:
     """A loss taken outside of the model, as by the Trainer that smooths labels, may look at it."""
     model, x = hope(["hope", "hope-attention"], cms_chunk_sizes=[4, 8]), ids(2, 9)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from nestlearn.errors import UserError
 from nestlearn.memory import LinearMemory, objectives, rules
@@ -233,3 +234,23 @@ def test_mistakes_are_one_line(optimizer_class, wrong, words):
     with pytest.raises(UserError, match=words) as caught:
         optimizer_class([torch.nn.Parameter(torch.zeros(2, 2))], **wrong)
     assert "\n" not in str(caught.value)
+
+
+def test_hooks_that_change_what_is_loaded_are_heeded() -> None:
+    """As torch's own optimizers do: here one that puts the states in the order of the names."""
+    a, b = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    saved = Momentum([("a", a), ("b", b)], lr=1.0)
+    a.grad, b.grad = torch.tensor([1.0]), torch.tensor([5.0])
+    saved.step()
+    other = Momentum([("b", b), ("a", a)], lr=1.0)
+
+    def by_name(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+        group, here = state["param_groups"][0], optimizer.param_groups[0]["param_names"]
+        order = [group["param_names"].index(name) for name in here]
+        moved = {**group, "params": [group["params"][i] for i in order], "param_names": here}
+        return {**state, "param_groups": [moved]}
+
+    other.register_load_state_dict_pre_hook(by_name)
+    other.register_load_state_dict_post_hook(lambda o: o.state[b]["momentum"].mul_(2))
+    other.load_state_dict(saved.state_dict())
+    assert [other.state[p]["momentum"].item() for p in (a, b)] == [1.0, 10.0]

@@ -35,7 +35,7 @@ def pull(
 
 def convert(
     model: Annotated[str, typer.Argument(help="A pretrained model: smollm2, or any folder of save_pretrained.")],
-    out: Annotated[Path, typer.Option(help="The folder to write: the levels, and what they learn.")],
+    out: Annotated[Path, typer.Option(help="The folder to write: the levels, for learn and chat.")],
     kind: Annotated[
         str, typer.Option(help="depthwise, a level a group of layers; split, all levels in each.")
     ] = "depthwise",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,17 @@ class Family:
     hidden: Callable[..., Tensor]
 
 
-GATED = Family("gated", ("gate_proj", "up_proj"), "down_proj", ("act_fn",), lambda mlp, gate, up: mlp.act_fn(gate) * up)
-PLAIN = Family("plain", ("c_fc",), "c_proj", ("act", "dropout"), lambda mlp, z: mlp.act(z))
+def _gated(mlp: Any, gate: Tensor, up: Tensor) -> Tensor:
+    return mlp.act_fn(gate) * up
+
+
+def _plain(mlp: Any, z: Tensor) -> Tensor:
+    return mlp.act(z)
+
+
+# With functions that have a name, so that a converted model can be pickled.
+GATED = Family("gated", ("gate_proj", "up_proj"), "down_proj", ("act_fn",), _gated)
+PLAIN = Family("plain", ("c_fc",), "c_proj", ("act", "dropout"), _plain)
 FAMILIES = (GATED, PLAIN)
 
 

@@ -108,7 +108,18 @@ class MemoryOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping the precision that it was saved in (torch would cast it to the parameter's)."""
-        super().load_state_dict(state_dict)
+        given: list[dict[str, Any]] = []
+        hooks = (  # after the hooks of others that change what is loaded, before those that see what was
+            self.register_load_state_dict_pre_hook(lambda _, state: given.append(state)),
+            self.register_load_state_dict_post_hook(lambda _: self._refill(given[0]), prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _refill(self, state_dict: dict[str, Any]) -> None:
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         here = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, here, strict=True):

@@ -80,7 +80,10 @@ def evaluate(
     model: Annotated[Path | None, typer.Argument(help="A run folder, or any folder of save_pretrained.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Read this: stdlib, a file, a folder or hf:NAME. Of a suite: its data.", metavar="SOURCE"),
+        typer.Option(
+            help="Read this: stdlib, a file, a folder or hf:NAME. Of a suite: a folder, else NESTLEARN_DATA.",
+            metavar="SOURCE",
+        ),
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens the model sees at a time. By default its training length.")
@@ -96,11 +99,12 @@ def evaluate(
         ),
     ] = None,
     scale: Annotated[
-        str | None, typer.Option(help="Of a suite: cpu, gpu, or smoke to see that everything works.")
+        str | None, typer.Option(help="Of a suite: cpu (the default), gpu, or smoke to see that everything works.")
     ] = None,
     only: Annotated[str | None, typer.Option(help="Of a suite: some of its tasks.", metavar="NAME,NAME")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Of a suite: its folder; it goes on where it was. By default runs/eval-SUITE.")
+        Path | None,
+        typer.Option(help="Of a suite: its folder, where it goes on. By default runs/eval-SUITE[-SCALE]."),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Of a suite: runs at a time, by default 2.")] = None,
     as_json: Json = False,

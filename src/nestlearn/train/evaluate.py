@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestlearn.data.streams import token_units
 from nestlearn.errors import UserError
+from nestlearn.models.hope.configuration_hope import BLOCK_TYPES, GROWING
 from nestlearn.train.positions import check_positions
 
 
@@ -118,10 +119,10 @@ def _check(model: PreTrainedModel, context_length: int, stride: int | None, carr
     check_positions(model, context_length, "the context length")
     if carry_state:
         blocks = getattr(model.config, "block_types", None) or [model.config.model_type]
-        growing = sorted({block for block in blocks if block != "hope"})
+        growing = sorted({block for block in blocks if block not in BLOCK_TYPES or block in GROWING})
         if growing:
             raise UserError(
-                f"carrying state needs a model of 'hope' blocks only: that of {', '.join(growing)} grows "
+                f"carrying state needs blocks whose state has a constant size: that of {', '.join(growing)} grows "
                 "with the text; use windows instead"
             )
         if stride not in (None, context_length):

@@ -45,7 +45,9 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         per_device_train_batch_size=train.batch_size,  # of all processes together, as `split_batches` has it
         per_device_eval_batch_size=train.batch_size,
         accelerator_config={"split_batches": True},
-        ddp_find_unused_parameters=False,  # there are none, see tests/contracts/test_block_types.py
+        # There are none, see tests/contracts/test_block_types.py, but where a level learns along a sequence that is
+        # shorter than its chunk: its own rate and value are not used.
+        ddp_find_unused_parameters=recipe.model.options.get("cms_online") is not None,
         gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate,
         warmup_steps=math.ceil(train.warmup * recipe.steps),

@@ -96,7 +96,7 @@ def diff(store: Folder, a: RefA, b: RefB, branch: Branch = "main", as_json: Json
         for block in level.blocks:
             _add(table, f"  {block.name}", "", f"{block.moved:.4g}", _share(block.relative))
         if level.unknown:
-            _add(table, _unknown(level), "", "", "", style="dim")
+            _add(table, "  in one of them only", _unknown(level), "", "", style="dim")
         table.add_section()
     _print(f"from {found.a.name or found.a.short} to {found.b.name or found.b.short}", table)
 
@@ -227,8 +227,7 @@ def _note(snapshot: Snapshot) -> str:
 
 
 def _unknown(level: LevelDiff) -> str:
-    more = f" and {len(level.unknown) - 1} more" if len(level.unknown) > 1 else ""
-    return f"  in one of them only: {level.unknown[0]}{more}"
+    return f"{len(level.unknown)} weights"
 
 
 def _number(value: Any) -> str:

@@ -18,6 +18,8 @@ from nestlearn.errors import UserError, nearest
 from nestlearn.nn.zoo import DESIGNS
 
 BLOCK_TYPES = ("hope", "hope-attention", "attention", "sliding-window", *DESIGNS)
+GROWING = ("hope-attention", "attention", *(name for name, design in DESIGNS.items() if design.attention))
+"""Blocks whose state grows with the text."""
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SIZES += ("conv_size", "chunk_size", "memory_hidden_size", "max_position_embeddings")
 SIZES += ("attention_window", "omega_window", "lp_power")

@@ -100,7 +100,7 @@ class HopeModel(HopePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds to a Hope model, not both or neither")
-        for name in ("position_ids", "output_attentions"):
+        for name in ("position_ids", "output_attentions", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise UserError(f"a Hope model has no {name}: leave it out")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -209,11 +209,15 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
+            given = (labels[:, 1:] != -100).sum()
             if attention_mask is not None:
                 # What a filler column predicts is meaningless.
                 filler = attention_mask[:, attention_mask.shape[1] - labels.shape[1] : -1] == 0
                 labels = labels.masked_fill(F.pad(filler, (1, 0)), -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            if attention_mask is not None and kwargs.get("num_items_in_batch") is not None:
+                # The Trainer divides by all labels that it gave.
+                loss = loss * given / (labels[:, 1:] != -100).sum().clamp(min=1)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

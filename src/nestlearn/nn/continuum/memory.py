@@ -105,8 +105,8 @@ class ContinuumMemory(nn.Module):
         share, rest = divmod(hidden, len(sizes))
         if share < 1 or rest:
             raise UserError(
-                f"hidden={hidden} does not split evenly over {len(sizes)} levels: use a positive multiple "
-                f"of {len(sizes)}, e.g. {max(share, 1) * len(sizes)}"
+                f"hidden={hidden} (intermediate_size of a Hope model) does not split evenly over {len(sizes)} levels: "
+                f"use a positive multiple of {len(sizes)}, e.g. {max(share, 1) * len(sizes)}"
             )
         if online is None and update is not None:
             raise UserError(f"update is how levels learn along a sequence: give online={ONLINE[0]!r} or {ONLINE[1]!r}")
