@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data import load_tokenizer, stream_documents, streams
 from nestlearn.errors import UserError
+from nestlearn.models.hope.configuration_hope import BLOCK_TYPES, GROWING
 from nestlearn.train.evaluate import NotFinite, evaluate_text
 
 BYTES = load_tokenizer("bytes")
@@ -144,6 +145,18 @@ def test_carried_state_equals_one_pass_whatever_the_pieces(name, request):
         assert carried["tokens"] == whole["tokens"]
     fresh = evaluate_text(model, BYTES, [TEXT], context_length=7)
     assert abs(fresh["nats"] / whole["nats"] - 1) > 1e-4  # the state does matter
+
+
+def test_every_block_of_bounded_state_carries_it():
+    torch.manual_seed(0)
+    kinds = [kind for kind in BLOCK_TYPES if kind not in GROWING]
+    assert {"hope", "deltanet", "titans", "sliding-window"} <= set(kinds)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": len(kinds)}
+    options = {"cms_chunk_sizes": [4], "attention_window": 6, "initializer_range": 0.2}
+    model = HopeForCausalLM(HopeConfig(vocab_size=258, block_types=kinds, **sizes, **options)).eval()
+    whole = evaluate_text(model, BYTES, [TEXT], context_length=len(TEXT.encode()))
+    carried = evaluate_text(model, BYTES, [TEXT], context_length=7, carry_state=True)
+    assert carried["nats"] == pytest.approx(whole["nats"], rel=1e-5)
 
 
 def test_models_whose_state_grows_are_refused(llama):

@@ -38,7 +38,10 @@ def assert_same(out: Path, expected: Path) -> None:
             assert row[key] == pytest.approx(alone[key], rel=1e-5), key
 
 
-def test_two_processes_train_what_one_does(hope_recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("online", [None, "local"])
+def test_two_processes_train_what_one_does(online: str | None, hope_recipe: Recipe, tmp_path: Path) -> None:
+    if online is not None:  # with a level that no sequence is long enough for
+        hope_recipe = hope_recipe.replace("model", cms_online=online, cms_chunk_sizes=[8, 4096])
     recipe, alone, beside = tmp_path / "recipe.toml", tmp_path / "alone", tmp_path / "beside"
     recipe.write_text(dump(hope_recipe))
     train(hope_recipe, alone)
