@@ -36,5 +36,5 @@ def test_the_pieces_of_knowledge_transfer() -> None:
     assert all(name in code for name in ("direct(", "descend(", "initialisation(", "generate_weights("))
     scope: dict = {}
     exec(code, scope)
-    assert scope["out"].shape == (4, 1)
+    assert scope["out"].shape == (4, 2)
     assert not torch.equal(scope["after"]["0.weight"], scope["net"][0].weight)

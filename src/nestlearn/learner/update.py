@@ -71,8 +71,7 @@ def update(
     factor = min(1.0, level.clip / norm) / state.scored if norm else 0.0
     weights: Tensors = {}
     slots: dict[str, tuple[Tensor, ...]] = {}
-    distances, sizes = [], []
-    size = state.size
+    distances = []
     # One weight after the other, so that what a step reads and writes of it stays in the processor's cache.
     for name, gradient in gradients.items():
         # Contiguous, as the fused AdamW reads gradients in the order of memory and not by their strides.
@@ -84,11 +83,8 @@ def update(
             w = old + kept[name].bend(w - old)
         weights[name] = w
         distances.append(torch.linalg.vector_norm(w - pretrained))
-        if size is None:
-            sizes.append(torch.linalg.vector_norm(pretrained))
-    distance = float(torch.linalg.vector_norm(torch.stack(distances)))
-    if size is None:
-        size = float(torch.linalg.vector_norm(torch.stack(sizes)))
+    distance = _norm(distances)
+    size = _norm([torch.linalg.vector_norm(start[name]) for name in gradients]) if state.size is None else state.size
     if not math.isfinite(distance):
         return None
     share = 1.0 - level.retention
@@ -107,6 +103,11 @@ def update(
         size=size,
         moved=share * distance / size if size else 0.0,
     )
+
+
+def _norm(norms: list[Tensor]) -> float:
+    """Of everything, from the norms of the parts."""
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _step(level: Rule, w: Tensor, g: Tensor, slots: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -71,14 +71,8 @@ def m3(w: Tensor, g: Tensor, slots: Slots, lr: Tensor) -> tuple[Tensor, Slots]:
     root = (second + TINY).sqrt()
     divided = update / (root / (second.mean((-2, -1), keepdim=True) + TINY).sqrt() + 1.0)
     update = divided * (_norm(update) / _norm(divided))
-    return w - lr * adjustment(w.shape[-2:], "original") * update, (
-        fast,
-        second,
-        slow,
-        gathered,
-        slow_o,
-        count % M3_CHUNK + 1,
-    )
+    slots = (fast, second, slow, gathered, slow_o, count % M3_CHUNK + 1)
+    return w - lr * adjustment(w.shape[-2:], "original") * update, slots
 
 
 STEPS: dict[str, Step] = {"sgd": sgd, "dgd": sgd, "delta-momentum": delta_momentum, "m3": m3}

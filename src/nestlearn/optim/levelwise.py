@@ -212,18 +212,16 @@ class LevelwiseOptimizer(Optimizer):
             self._kept[p] = kept.add_(gradient) if gradient.layout == torch.strided else kept + gradient
 
     def _gathered(self, p: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
-        """The error of the chunk that ends with ``gradient``, as `p` takes it."""
-        kept = self._kept.get(p)
-        if kept is None or gradient is None:
-            total = gradient if kept is None else kept
-        else:
-            total = kept + gradient
-        if total is None:
+        """The error of the chunk that ends with ``gradient``, in the precision of ``p``."""
+        kept, period = self._kept.get(p), self.periods.get(p, 1)
+        parts = [part for part in (kept, gradient) if part is not None]
+        if not parts:
             return None
-        made = (total / self.periods.get(p, 1) if self.error == "mean" else total).to(p.dtype)
+        total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        made = (total / period if self.error == "mean" else total).to(p.dtype)
         if made.dtype != total.dtype and made.is_cpu and not made.to_dense().isfinite().all():
             raise NotFiniteGradient(
-                f"the gradient of {self._name(p)} over {self.periods.get(p, 1)} steps is too large for {made.dtype}: "
+                f"the gradient of {self._name(p)} over {period} steps is too large for {made.dtype}: "
                 "take error='mean', or a parameter in float32"
             )
         return made

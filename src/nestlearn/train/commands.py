@@ -90,7 +90,7 @@ def evaluate(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between two windows. By default --context.")] = None,
     carry_state: Annotated[
-        bool, typer.Option("--carry-state", help="Read the text in one pass; memory stays constant (Hope blocks).")
+        bool, typer.Option("--carry-state", help="Read the text in one pass; memory stays constant (recurrent blocks).")
     ] = False,
     suite: Annotated[
         str | None,

@@ -86,7 +86,7 @@ def test_diff(shell: Shell) -> None:
     assert ["level-2", "2", "0", "0.000%"] in [line.split() for line in out.splitlines()]
     level = shell.json("diff", "before", "after")["levels"][0]
     assert (level["moved"], level["relative"], level["blocks"][0]["name"]) == (3.0, 0.6, "up [0]")
-    assert "in one of them only" in shell("diff", "after", "side")[1]
+    assert "in one of them only: up" in shell("diff", "after", "side")[1]
 
 
 def test_rollback_says_how_to_go_back(shell: Shell) -> None:

@@ -95,10 +95,9 @@ def diff(store: Folder, a: RefA, b: RefB, branch: Branch = "main", as_json: Json
         _add(table, level.name, f"{level.numbers:,}", f"{level.moved:.4g}", _share(level.relative), style="bold")
         for block in level.blocks:
             _add(table, f"  {block.name}", "", f"{block.moved:.4g}", _share(block.relative))
-        if level.unknown:
-            _add(table, "  in one of them only", _unknown(level), "", "", style="dim")
         table.add_section()
-    _print(f"from {found.a.name or found.a.short} to {found.b.name or found.b.short}", table)
+    unknown = [_unknown(level) for level in found.levels if level.unknown]
+    _print(f"from {found.a.name or found.a.short} to {found.b.name or found.b.short}", table, *unknown)
 
 
 @app.command()
@@ -227,7 +226,8 @@ def _note(snapshot: Snapshot) -> str:
 
 
 def _unknown(level: LevelDiff) -> str:
-    return f"{len(level.unknown)} weights"
+    more = f" and {len(level.unknown) - 1} more" if len(level.unknown) > 1 else ""
+    return f"{level.name}, in one of them only: {level.unknown[0]}{more}"
 
 
 def _number(value: Any) -> str:

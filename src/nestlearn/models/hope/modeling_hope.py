@@ -209,15 +209,16 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
-            given = (labels[:, 1:] != -100).sum()
+            scored = labels
             if attention_mask is not None:
                 # What a filler column predicts is meaningless.
                 filler = attention_mask[:, attention_mask.shape[1] - labels.shape[1] : -1] == 0
-                labels = labels.masked_fill(F.pad(filler, (1, 0)), -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-            if attention_mask is not None and kwargs.get("num_items_in_batch") is not None:
+                scored = labels.masked_fill(F.pad(filler, (1, 0)), -100)
+            loss = self.loss_function(logits=logits, labels=scored, vocab_size=self.vocab_size, **kwargs)
+            if scored is not labels and kwargs.get("num_items_in_batch") is not None:
                 # The Trainer divides by all labels that it gave.
-                loss = loss * given / (labels[:, 1:] != -100).sum().clamp(min=1)
+                given, counted = ((some[:, 1:] != -100).sum() for some in (labels, scored))
+                loss = loss * given / counted.clamp(min=1)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
