@@ -34,7 +34,7 @@ from nestlearn.learner.guards import RetentionProbe
 from nestlearn.learner.reading import Reading, mean_loss
 from nestlearn.learner.report import ReadReport, Tally
 from nestlearn.learner.state import LearnerState, LevelState, Tensors
-from nestlearn.learner.step import flush, step
+from nestlearn.learner.step import flush, learn, predict
 from nestlearn.learner.store import Snapshot, Store
 from nestlearn.learner.store.compare import Diff
 from nestlearn.learner.stream import Text, Windows
@@ -92,6 +92,7 @@ class ContinualLearner:
         self.reading = Reading.of(self.model, tokenizer, window, context, max_surprise)
         if autosave is not None and autosave < 1:
             raise UserError(f"autosave={autosave}: give the tokens between two automatic snapshots, or None")
+        self._own: set[int] = set()  # numbers of the levels whose tensors are nowhere but in the state
         self.state = fresh_state(self.model)
         self.snapshot: Snapshot | None = None  # the last one saved or opened, and the state in it
         self._saved: LearnerState | None = None
@@ -102,6 +103,18 @@ class ContinualLearner:
             self._open("head")
 
     @property
+    def state(self) -> LearnerState:
+        """What was learned, and all that a resume needs. Whoever has it may keep it: it never changes, as what comes
+        next is then learned beside it."""
+        self._own.clear()
+        return self._state
+
+    @state.setter
+    def state(self, state: LearnerState) -> None:
+        self._own.clear()
+        self._state = state
+
+    @property
     def weights(self) -> Tensors:
         """The learned weights by name, for `ContinualModel.using`; a name that is absent has its pretrained weight."""
         return self.state.weights
@@ -110,13 +123,13 @@ class ContinualLearner:
     def unsaved(self) -> bool:
         """Whether something was learned since the last snapshot was saved by name or by hand, or opened."""
         if self.snapshot is None:
-            return self.state.read > 0
+            return self._state.read > 0
         return not self.stored or self.snapshot.automatic
 
     @property
     def stored(self) -> bool:
         """Whether the store has the state as it is now, in a snapshot of any kind."""
-        return self._saved is self.state
+        return self._saved is self._state
 
     def read(
         self,
@@ -140,13 +153,13 @@ class ContinualLearner:
             UserError: what is given is no text, or the source has changed.
             KeyboardInterrupt: Ctrl-C; all windows before are learned, and saved if the learner saves automatically.
         """
-        known = None if source is None or again else self.state.sources.get(source)
+        known = None if source is None or again else self._state.sources.get(source)
         windows = Windows(text, self.tokenizer, self.reading.window, source, known)
-        tally, began = Tally(self.state, known), self.state
+        tally, began = Tally(self._state, known), self._state
         if (reason := self._over_limit()) is not None:  # as it was opened: it stays as it is
-            return tally.report(self.state, reason)
-        if known is None or self.state.reading != source:
-            self.state = self.state.opened(source)
+            return tally.report(self._state, reason)
+        if known is None or self._state.reading != source:
+            self._state = self._state.opened(source)
             if self.probe is not None:
                 self._good = self.state
         try:
@@ -162,20 +175,23 @@ class ContinualLearner:
         if tally.tokens:
             self.checkpoint()
         elif known is not None and known.finished:
-            self.state = began
-        return tally.report(self.state, reason)
+            self._state = began
+        return tally.report(self._state, reason)
 
     def _read(self, windows: Windows, tally: Tally, on_window: Callable[[ReadReport], None] | None) -> str | None:
         """Why reading has stopped before the end of the text, None if it has not."""
         source, unsaved = windows.name, False
         for window in windows:
-            before = self.state.read
-            (outcome,) = step(self.model, [self.state], [window], self.reading)
-            state = outcome.state
-            self.state = state if source is None else state.with_source(source, windows.position)
+            before = self._state.read
+            (prediction,) = predict(self.model, [self._state], [window], self.reading)
+            with uninterrupted():  # the tensors may be written in place, with which the rest of the state agrees
+                outcome = learn(self.model, self._state, window, self.reading, prediction, self._own)
+                state = outcome.state
+                self._state = state if source is None else state.with_source(source, windows.position)
+            del prediction  # its gradient is as large as all that learns
             tally.add(outcome, len(window))
             if on_window is not None:
-                on_window(tally.report(self.state))
+                on_window(tally.report(self._state))
             due = self.probe is not None and _passed(before, state.read, self.probe.every)
             if due and (reason := self._over_limit()):
                 return reason
@@ -184,10 +200,10 @@ class ContinualLearner:
                 self.checkpoint()
                 unsaved = False
         if tally.tokens or (windows.read is not None and not windows.read.finished):
-            self.state = flush(self.model, self.state, self.reading)
-        self.state = self.state.opened(None)
+            self._state = flush(self.model, self._state, self.reading)
+        self._state = self._state.opened(None)
         if source is not None:
-            self.state = self.state.with_source(source, replace(windows.position, finished=True))
+            self._state = self._state.with_source(source, replace(windows.position, finished=True))
         return self._over_limit()
 
     def loss(self, text: Text) -> float:
@@ -305,7 +321,7 @@ class ContinualLearner:
 
     def _over_limit(self) -> str | None:
         """Why learning must not go on from this state, by the probe; the state that passes is kept as the good one."""
-        if self.probe is None or self.state is self._good:
+        if self.probe is None or self._state is self._good:
             return None
         if self._baseline is None:
             self._baseline = self.probe_loss({})
@@ -328,14 +344,15 @@ class ContinualLearner:
     def _save(self, name: str | None, *, auto: bool) -> Snapshot:
         meta = {
             "auto": auto,
-            "tokens": self.state.clock,
-            "loss": self.state.surprise.mean if self.state.surprise.count else None,
+            "tokens": self._state.clock,
+            "loss": self._state.surprise.mean if self._state.surprise.count else None,
             "config": self.model.config_levels.to_dict(),
             "reading": {"window": self.reading.window, "context": self.reading.context},
-            "learner": self.state.to_json(),
+            "learner": self._state.to_json(),
         }
         with uninterrupted():  # what is saved is in the store and known to be there, or neither
-            self.snapshot, self._saved = self._stored().save(self.state.to_tensors(), meta, name=name), self.state
+            self.snapshot = self._stored().save(self._state.to_tensors(), meta, name=name)
+            self._saved = self._state
             self._stored().prune(keep_last=KEPT)
         return self.snapshot
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,9 @@ from nestlearn.convert import ContinualModel
 from nestlearn.learner.guards import refusal
 from nestlearn.learner.reading import Reading, token_losses
 from nestlearn.learner.state import LearnerState, Tensors
-from nestlearn.learner.update import update
+from nestlearn.learner.update import certain, update
+
+NOT_FINITE = "the updated weights are not finite"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,17 @@ class Outcome:
     loss: float
     scored: int
     norms: tuple[float, ...] = ()
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A window as one row's weights predict it: the loss in nats summed over its ``scored`` tokens, its gradient by
+    the name of a weight (empty if nothing learns), and why the window is refused, if it is."""
+
+    loss: float
+    scored: int
+    gradient: Tensors = field(default_factory=dict)
     refused: str | None = None
 
 
@@ -47,33 +60,40 @@ def step(
         windows: (n,) int64 with n from 0 (the row rests) to ``reading.window``.
         fixed: pad to the largest shape there can be, so that no bit of a row depends on the length of another.
     """
+    predictions = predict(model, states, windows, reading, fixed=fixed)
+    rows = zip(states, windows, predictions, strict=True)
+    return [learn(model, state, window, reading, prediction) for state, window, prediction in rows]
+
+
+def predict(
+    model: ContinualModel,
+    states: Sequence[LearnerState],
+    windows: Sequence[Tensor],
+    reading: Reading,
+    *,
+    fixed: bool = False,
+) -> list[Prediction]:
+    """The forward and the backward pass of `step`, with its arguments."""
     rows = len(states)
     learned = rows_of(model, states) if rows > 1 else states[0].weights
     leaves = _leaves(model, learned, rows)
     with torch.enable_grad(), model.using({**learned, **leaves}):
         losses, scored = token_losses(model, [s.context for s in states], windows, reading, fixed=fixed)
         sums = losses.sum(1)
-        counts = scored.sum(1).tolist()
-        outcomes: list[Outcome | None] = [None] * rows
-        totals = sums.tolist()
-        for b, total in enumerate(totals):
-            if counts[b]:
+        predictions = [Prediction(*row) for row in zip(sums.tolist(), scored.sum(1).tolist(), strict=True)]
+        for b, found in enumerate(predictions):
+            if found.scored:
                 share = len(windows[b]) / reading.window
-                refused = refusal(states[b], total / counts[b], (), share, reading.deviations)
-                if refused:
-                    outcomes[b] = _refuse(states[b], windows[b], total, counts[b], (), refused)
-            else:
-                outcomes[b] = _unscored(model, states[b], windows[b], reading)
-        accepted = [b for b in range(rows) if outcomes[b] is None]
-        grads: Tensors = {}
+                reason = refusal(states[b], found.loss / found.scored, (), share, reading.deviations)
+                predictions[b] = replace(found, refused=reason)
+        accepted = [b for b, found in enumerate(predictions) if found.scored and found.refused is None]
         if accepted and leaves:
             # The weights of a row are in no other row's loss, so one backward pass makes every row's own gradient.
             made = torch.autograd.grad(sums[accepted].sum(), list(leaves.values()))
-            grads = dict(zip(leaves, made, strict=True))
-    for b in accepted:
-        own = {name: g if rows == 1 else g[b].clone() for name, g in grads.items()}
-        outcomes[b] = _learn(model, states[b], windows[b], reading, totals[b], counts[b], own)
-    return [outcome for outcome in outcomes if outcome is not None]
+            for b in accepted:
+                own = {name: g if rows == 1 else g[b].clone() for name, g in zip(leaves, made, strict=True)}
+                predictions[b] = replace(predictions[b], gradient=own)
+    return predictions
 
 
 def rows_of(model: ContinualModel, states: Sequence[LearnerState]) -> Tensors:
@@ -99,29 +119,32 @@ def _leaves(model: ContinualModel, learned: Tensors, rows: int) -> Tensors:
     return leaves
 
 
-def _unscored(model: ContinualModel, state: LearnerState, window: Tensor, reading: Reading) -> Outcome:
-    """A window of no token that is predicted: none at all, or the first of a text alone."""
-    after = _advance(model, state, window, reading) if len(window) else state
-    if after is None:
-        return _refuse(state, window, 0.0, 0, (), "the updated weights are not finite")
-    return Outcome(after, 0.0, 0)
-
-
-def _learn(
+def learn(
     model: ContinualModel,
     state: LearnerState,
     window: Tensor,
     reading: Reading,
-    loss: float,
-    scored: int,
-    grads: Tensors,
+    prediction: Prediction,
+    own: set[int] | None = None,
 ) -> Outcome:
-    """The state after an accepted loss, if the gradients are accepted too."""
+    """The state after a window, if its gradient and what it leads to are accepted too.
+
+    Args:
+        own: numbers of the levels whose tensors nobody has but the caller, in ``state``. Where an update is certain
+            it takes them for the new ones, and ``state`` is of no more use. A level that is updated joins.
+    """
+    loss, scored = prediction.loss, prediction.scored
+    if prediction.refused is not None:
+        return _refuse(state, window, loss, scored, (), prediction.refused)
+    if not scored:  # no token at all, or the first of a text alone
+        after = _advance(model, state, window, reading, own) if len(window) else state
+        return Outcome(after, 0.0, 0) if after is not None else _refuse(state, window, 0.0, 0, (), NOT_FINITE)
     share = len(window) / reading.window
+    grads = prediction.gradient
     norms = []
     for level in model.levels:
-        own = [grads[name] for name in level.start if name in grads]
-        norms.append(float(get_total_norm(own)) / scored if own else 0.0)
+        mine = [grads[name] for name in level.start if name in grads]
+        norms.append(float(get_total_norm(mine)) / scored if mine else 0.0)
     refused = refusal(state, loss / scored, norms, share, reading.deviations)
     if refused:
         return _refuse(state, window, loss, scored, tuple(norms), refused)
@@ -134,23 +157,32 @@ def _learn(
         surprise = old.surprise.add(math.log(norm), share) if norm > 0 else old.surprise
         levels.append(replace(old, gathered=gathered, scored=old.scored + scored, surprise=surprise))
     learned = replace(state, levels=tuple(levels), surprise=state.surprise.add(loss / scored, share), refused=0)
-    after = _advance(model, learned, window, reading)
+    after = _advance(model, learned, window, reading, own)
     if after is None:
-        return _refuse(state, window, loss, scored, tuple(norms), "the updated weights are not finite")
+        return _refuse(state, window, loss, scored, tuple(norms), NOT_FINITE)
     return Outcome(after, loss, scored, tuple(norms))
 
 
-def _advance(model: ContinualModel, state: LearnerState, window: Tensor, reading: Reading) -> LearnerState | None:
+def _advance(
+    model: ContinualModel, state: LearnerState, window: Tensor, reading: Reading, own: set[int] | None
+) -> LearnerState | None:
     """The state when the tokens of a window have passed: levels whose chunk ends are updated. None if one cannot be."""
     n = len(window)
-    levels = []
-    for level, old in zip(model.levels, state.levels, strict=True):
-        counted = replace(old, tokens=old.tokens + n)
-        due = level.config.lr > 0 and counted.tokens >= level.config.period
-        new = update(counted, level.config, level.start, level.kept) if due else counted
+    levels = [replace(level, tokens=level.tokens + n) for level in state.levels]
+    due = [
+        (number, level)
+        for number, level in enumerate(model.levels)
+        if level.config.lr > 0 and levels[number].tokens >= level.config.period
+    ]
+    # All or none: a level that cannot be updated leaves those before it as they were.
+    free = own if own and all(certain(levels[number], level.config) for number, level in due) else set()
+    for number, level in due:
+        new = update(levels[number], level.config, level.start, level.kept, in_place=number in free)
         if new is None:
             return None
-        levels.append(new)
+        if own is not None and new.updates > levels[number].updates:
+            own.add(number)
+        levels[number] = new
     after = replace(
         state,
         levels=tuple(levels),

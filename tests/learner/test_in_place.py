@@ -1,0 +1,119 @@
+"""What a learner alone holds is learned in place, to the same bits, and what anyone holds never changes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import nestlearn.learner.learner as module
+from nestlearn import ContinualLearner
+from nestlearn.convert import ContinualModel, Level
+from nestlearn.learner import LearnerState
+from nestlearn.learner.state import LevelState
+from nestlearn.learner.update import certain
+from tests.learner.conftest import WINDOW, words
+from tests.learner.test_learner import same, tensors
+
+LEVELS = (Level(WINDOW, 1e-2), Level(2 * WINDOW, 1e-2, retention=0.01), Level(4 * WINDOW, 1e-2, budget=0.02))
+
+
+def addresses(state: LearnerState) -> dict[str, int]:
+    return {name: t.data_ptr() for name, t in tensors(state).items() if "gathered" not in name}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(held=st.sets(st.integers(1, 16)))
+def test_what_is_held_never_changes_and_nothing_depends_on_it(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase, held: set[int]
+) -> None:
+    model, text = make(levels=LEVELS), words(80)[: WINDOW * 16]
+    alone, watched = ContinualLearner(model, tokenizer), ContinualLearner(model, tokenizer)
+    alone.read(text)
+    seen: list[tuple[LearnerState, dict[str, Tensor]]] = []
+    count = itertools.count(1)
+
+    def on_window(_: object) -> None:
+        if next(count) in held:
+            seen.append((watched.state, {name: t.clone() for name, t in tensors(watched.state).items()}))
+
+    watched.read(text, on_window=on_window)
+    assert same(alone.state, watched.state)
+    assert len(seen) == len(held)
+    for state, before in seen:
+        assert all(torch.equal(t, before[name]) for name, t in tensors(state).items())
+
+
+def test_what_nobody_else_holds_stays_where_it_is(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    learner = ContinualLearner(make(levels=LEVELS), tokenizer)
+    learner.read(words(80)[: WINDOW * 4])
+    places = [addresses(learner._state)]
+    learner.read(words(80, seed=1)[: WINDOW * 8])
+    places.append(addresses(learner._state))
+    assert places[0] == places[1]
+    fork = learner.fork()
+    learner.read(words(80, seed=2)[: WINDOW * 4])
+    assert set(addresses(learner._state).values()).isdisjoint(addresses(fork.state).values())
+
+
+def test_a_rule_that_may_fail_leaves_every_level_as_it_was(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    levels = (Level(WINDOW, 1e-2), Level(2 * WINDOW, 1e30, rule="sgd", clip=1e30))
+    learner = ContinualLearner(make(levels=levels), tokenizer)
+    learner.read(words(80)[:WINDOW])
+    kept = {name: t.clone() for name, t in tensors(learner._state).items()}
+    (skipped,) = learner.read(words(80, seed=1)[:WINDOW]).skipped  # both are due, and the second has no finite norm
+    assert skipped.reason == "the updated weights are not finite"
+    assert all(torch.equal(t, kept[name]) for name, t in tensors(learner._state).items())
+
+
+def test_an_update_is_certain_only_far_from_the_largest_numbers() -> None:
+    weights = {"w": torch.ones(2, 3)}
+    near = LevelState(weights=weights, gathered=weights, scored=1, size=1.0)
+    assert certain(near, Level(8, 1e-3))
+    assert not certain(near, Level(8, 1e-3, rule="sgd"))
+    assert not certain(near, Level(8, 1e18))
+    assert not certain(LevelState(weights=weights, gathered=weights, scored=1), Level(8, 1e-3))
+    infinite = {"w": torch.full((2, 3), 3e38)}
+    assert not certain(LevelState(weights=weights, gathered=infinite, scored=1, size=1.0), Level(8, 1e-3))
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_ctrl_c_in_an_update_waits_for_its_end(
+    make: Callable[..., ContinualModel],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: int,
+) -> None:
+    model, text = make(levels=LEVELS), words(80)[: WINDOW * 8]
+    learner, straight = ContinualLearner(model, tokenizer), ContinualLearner(model, tokenizer)
+    count, learn = itertools.count(1), module.learn
+
+    def interrupted(*args: Any) -> Any:
+        if next(count) != stop:
+            return learn(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+        outcome = learn(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+        return outcome
+
+    monkeypatch.setattr(module, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learner.read(text, source="book")
+    monkeypatch.undo()
+    assert learner.state.read == stop * WINDOW
+    learner.read(text, source="book")
+    straight.read(text, source="book")
+    assert same(learner.state, straight.state)
