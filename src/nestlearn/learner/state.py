@@ -1,7 +1,8 @@
 """What a learner carries from window to window: everything that a resume needs, as tensors and JSON.
 
-A state is never written in place. A step makes the next one, which shares the tensors that did not change, so that a
-fork costs nothing, a refused window leaves no trace, and the last good state is kept by holding on to it.
+A state that anyone holds is never written in place. A step makes the next one, which shares the tensors that did not
+change, so that a fork costs nothing, a refused window leaves no trace, and the last good state is kept by holding on to
+it. Only a learner whose state nobody has asked for gives its tensors up for the next (`nestlearn.learner.step.learn`).
 """
 
 from __future__ import annotations

@@ -82,11 +82,7 @@ def update(
     slots: dict[str, tuple[Tensor, ...]] = {}
     if level.rule == "adamw":
         for name, w in old.items():
-            known = state.slots.get(name) or (
-                torch.zeros_like(w),
-                torch.zeros_like(w),
-                torch.zeros((), device=w.device),
-            )
+            known = state.slots.get(name) or _no_moments(w)
             weights[name] = w if in_place and name not in kept else _copy(w)
             slots[name] = known if in_place else tuple(map(_copy, known))
         means = [_copy(g, keep=in_place).mul_(factor) for g in gradients.values()]
@@ -151,6 +147,11 @@ def _step(level: Rule, w: Tensor, g: Tensor, slots: tuple[Tensor, ...]) -> tuple
         matrix, g.view_as(matrix), slots, torch.tensor(level.lr, device=w.device)
     )
     return new.view_as(w), remembered
+
+
+def _no_moments(w: Tensor) -> tuple[Tensor, ...]:
+    """Mean, mean square and steps before the first."""
+    return torch.zeros_like(w), torch.zeros_like(w), torch.zeros((), device=w.device)
 
 
 def _adamw(lr: float, weights: list[Tensor], gradients: list[Tensor], slots: list[tuple[Tensor, ...]]) -> None:
