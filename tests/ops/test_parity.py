@@ -12,6 +12,7 @@ from nestlearn.errors import UserError
 from nestlearn.memory import LinearMemory, MLPMemory
 from nestlearn.nn import SelfReferentialTitans
 from nestlearn.ops import MEMORY, PROJECTIONS, CoreState, Start, WriteRule, kernel_for, reference, self_modify
+from nestlearn.ops.linear_adjoint import LinearSegments
 
 GATES = ("eta", "alpha")
 HEADS, WIDTH, HIDDEN = 2, 5, 7
@@ -274,9 +275,11 @@ def test_every_memory_receives_a_gradient_through_later_outputs_only(structure: 
 
 
 @pytest.mark.parametrize("structure", ["linear", "mlp"])
-def test_a_gradient_that_is_differentiated_again_is_the_same_gradient(structure: str) -> None:
+@pytest.mark.parametrize("momentum", [False, True])
+def test_a_gradient_that_is_differentiated_again_is_the_same_gradient(structure: str, momentum: bool) -> None:
     """Over several segments, each of which is made from what the earlier ones are made from."""
-    start, inputs, rule = make_start(structure, ALL), make_inputs(1, 7, ALL), WriteRule(chunk_size=3)
+    start, inputs = make_start(structure, ALL, momentum=momentum), make_inputs(1, 7, ALL)
+    rule = WriteRule(chunk_size=3)
     named = leaves(inputs, start)
     for t in named.values():
         t.requires_grad_()
@@ -287,17 +290,18 @@ def test_a_gradient_that_is_differentiated_again_is_the_same_gradient(structure:
 
 
 @pytest.mark.parametrize("structure", ["linear", "mlp"])
+@pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("name", ["default", "l2"])
-def test_second_derivatives_are_those_of_finite_differences(structure: str, name: str) -> None:
+def test_second_derivatives_are_those_of_finite_differences(structure: str, momentum: bool, name: str) -> None:
     """A level that learns by its own gradient inside the outer loss differentiates the backward pass."""
-    start = make_start(structure, (*ALL, "q"))
+    start = make_start(structure, (*ALL, "q"), momentum=momentum)
     inputs = make_inputs(1, 4, (*ALL, "q"))
     rule = WriteRule(chunk_size=2, **{"eta_max": 0.5, **RULES[name]})
 
     def run(x: Tensor, *flat: Tensor) -> Tensor:
         it = iter(flat)
         rebuilt = {n: tuple(next(it) for _ in start.weights[n]) for n in start.names}
-        head = Start(rebuilt, start.bias, start.write_scale)
+        head = Start(rebuilt, start.bias, start.write_scale, start.momentum)
         return self_modify(dict.fromkeys(PROJECTIONS, x), head, rule)[0]
 
     tensors = [inputs["k"], *(w for n in start.names for w in start.weights[n])]
@@ -322,9 +326,10 @@ def test_gates_have_no_residual_where_a_head_has_one_channel() -> None:
 
 @pytest.mark.parametrize("structure", ["linear", "mlp"])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_step_sizes_and_their_gradients_are_those_of_autograd(structure: str, ragged: bool) -> None:
+@pytest.mark.parametrize("momentum", [False, True])
+def test_step_sizes_and_their_gradients_are_those_of_autograd(structure: str, ragged: bool, momentum: bool) -> None:
     """The node of a segment beside the general path, which a transform of torch.func takes."""
-    start = make_start(structure, PROJECTIONS)
+    start = make_start(structure, PROJECTIONS, momentum=momentum)
     rule = WriteRule(chunk_size=4, stretch=0.2, objective="dot" if structure == "linear" else "l2")
     g = torch.Generator().manual_seed(1)
     x = {name: torch.randn(3, HEADS, 10, WIDTH, generator=g, dtype=torch.float64) for name in PROJECTIONS}
@@ -344,6 +349,28 @@ def test_step_sizes_and_their_gradients_are_those_of_autograd(structure: str, ra
     assert torch.allclose(node, torch.func.grad(cost)(x["k"]), atol=1e-11)
     second = torch.autograd.grad(torch.autograd.grad(cost(k), k, create_graph=True)[0].square().sum(), k)[0]
     assert second.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["default", "l2", "anchor read", "no erasure", "shared values"])
+@pytest.mark.parametrize("erase", [False, True])
+def test_every_gradient_of_a_segment_with_padded_rows_is_that_of_autograd(name: str, erase: bool) -> None:
+    """With momentum, and a gradient of the state and the momentum at the end."""
+    start = make_start("linear", ALL, momentum=True, accumulates=erase)
+    rule, inputs = WriteRule(chunk_size=4, **RULES[name]), make_inputs(3, 10, ALL)
+    named = leaves(inputs, start)
+    for t in named.values():
+        t.requires_grad_()
+    lengths, found = torch.tensor([10, 7, 0]), []
+    for by_hand in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LinearSegments, "covers", classmethod(lambda cls, kernel, on=by_hand: on))
+            y, state = self_modify(inputs, start, rule, None, lengths)
+        g = torch.Generator().manual_seed(3)
+        weigh = lambda t, g=g: (t * torch.randn(t.shape, generator=g, dtype=t.dtype)).sum()  # noqa: E731
+        loss = weigh(y[0]) + weigh(y[1, :, :7]) + sum(map(weigh, (*state.current, *state.momentum)))
+        found.append(torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True))
+    for key, mine, theirs in zip(named, *found, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-11), key
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])

@@ -1,13 +1,15 @@
 """A segment of linear memories (Eq. 92, 93) as one node of the graph, its backward pass by hand.
 
-Covers delta gradient descent without momentum, for the objectives ``dot`` and ``l2``; ``ops.step`` has the rest, and
-the second derivatives. The matrix S of a head has R rows in n blocks, one a memory:
+Covers delta gradient descent for the objectives ``dot`` and ``l2``; ``ops.step`` has the rest, and the second
+derivatives. The matrix S of a head has R rows in n blocks, one a memory:
 
     U = v A^T                                          self-generated values
     rhs = eta s (clip(U) - [l2: k A^T]) - strength gamma k S^T
     Z = (I + T)^-1 rhs                                 what is written along each key
     S' = gamma_c S + Z^T (last k)
     y = gamma q S^T + (q k^T ratio) Z                  without what is read from the learned start
+
+With a momentum the last four lines are those of `ops.momentum_adjoint`.
 
 Shapes: N = B H (sequences times heads), c tokens, d channels, g gates among the n memories. ``d_x`` is the derivative
 of the loss by x.
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nestlearn.ops import momentum_adjoint, writes_adjoint
 from nestlearn.ops.adjoint import (
     Gates,
     Sums,
@@ -36,8 +39,10 @@ from nestlearn.ops.adjoint import (
     units_adjoint,
     write_scales,
 )
+from nestlearn.ops.momentum_adjoint import Momentum, erasing_steps
 from nestlearn.ops.rule import GATES, MEMORY, Start
 from nestlearn.ops.step import step
+from nestlearn.ops.writes_adjoint import Given
 
 if TYPE_CHECKING:
     from nestlearn.ops.linear import LinearKernel, Packed
@@ -62,7 +67,7 @@ class LinearSegments:
         """Whether the rule and the shapes of ``kernel`` are those of this module."""
         rule, rows = kernel.rule, [r for n, r in zip(kernel.names, kernel.rows, strict=True) if n not in GATES]
         square = all(r == kernel.start.weights[MEMORY][0].shape[-1] for r in rows)
-        return rule.update == "dgd" and kernel.start.momentum is None and rule.objective in ("dot", "l2") and square
+        return rule.update == "dgd" and rule.objective in ("dot", "l2") and square
 
     def __post_init__(self) -> None:
         start, names = self.kernel.start, self.kernel.names
@@ -76,38 +81,43 @@ class LinearSegments:
     ) -> tuple[Tensor, Tensor, Packed, Packed, Tensor | None]:
         start = self.kernel.start
         distinct = {i: piece[name] for name, i in self.source.items()}
-        y, q, s, eta = LinearSegment.apply(
+        y, q, s, p, eta = LinearSegment.apply(
             self,
             valid,
             anchor[0],
             state[0],
+            momentum[0] if momentum else None,
+            start.momentum,
             start.bias["eta"],
             start.bias.get("alpha"),
             self.scale,
             start.erase,
             *(distinct[i] for i in range(len(distinct))),
         )
-        return y, piece["q"] if q is None else q, (s,), (), eta
+        return y, piece["q"] if q is None else q, (s,), () if p is None else (p,), eta
 
     def by_autograd(
         self,
         valid: Tensor | None,
         anchor: Tensor,
         state: Tensor,
+        momentum: Tensor | None,
+        b: Tensor | None,
         bias_eta: Tensor,
         bias_alpha: Tensor | None,
         scale: Tensor,
         erase: Tensor | None,
         *inputs: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """The same by :func:`nestlearn.ops.step.step`: what a second derivative goes through."""
         start, rule = self.kernel.start, self.kernel.rule
         bias = {"eta": bias_eta} | ({} if bias_alpha is None else {"alpha": bias_alpha})
         scales = dict(zip(self.kernel.names, scale.unbind(-1), strict=True))
-        again = Start(start.weights, bias, scales, None, erase, start.accumulates)
+        again = Start(start.weights, bias, scales, b, erase, start.accumulates)
         piece = {name: inputs[i] for name, i in self.source.items()}
-        y, q, (s,), _, eta = step(type(self.kernel)(again, rule), (anchor,), (state,), (), piece, valid)
-        return y, q, s, eta
+        carried = () if momentum is None else (momentum,)
+        y, q, (s,), after, eta = step(type(self.kernel)(again, rule), (anchor,), (state,), carried, piece, valid)
+        return y, q, s, after[0] if after else None, eta
 
 
 class LinearSegment(torch.autograd.Function):
@@ -120,12 +130,14 @@ class LinearSegment(torch.autograd.Function):
         valid: Tensor | None,
         anchor: Tensor,
         state: Tensor,
+        momentum: Tensor | None,
+        b: Tensor | None,
         bias_eta: Tensor,
         bias_alpha: Tensor | None,
         scale: Tensor,
         erase: Tensor | None,
         *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
         kernel, rule, batch = plan.kernel, plan.kernel.rule, anchor.shape[0]
         a, s0 = anchor.flatten(0, 1), state.flatten(0, 1)
         x = [t.flatten(0, 1) for t in inputs]
@@ -167,92 +179,88 @@ class LinearSegment(torch.autograd.Function):
 
         share = None if erase is None else each(erase, batch).unsqueeze(-1)
         tables = Tables.of(k, gates, share, rule.delta)
-        if rule.delta:
-            z = torch.bmm(tables.inverse, torch.baddbmm(z, k * (tables.strength * tables.gamma), s0.mT, alpha=-1))
-        s = torch.baddbmm(s0 * tables.gamma[:, -1:], z.mT, k * tables.last)
-        n = kernel.others
-        scores = None
-        if rule.read == "anchor":
-            y = torch.bmm(q, a[:, n:].mT)
+        given = Given(k, q, s0, None if momentum is None else momentum.flatten(0, 1))
+        at, n = a if rule.read == "anchor" else None, kernel.others
+        h = p = scores = None
+        moments: tuple[Tensor, ...] = ()
+        if b is None:
+            y, s, z, scores = writes_adjoint.advance(given, z, tables, rule.delta, at, n)
         else:
-            scores = torch.bmm(q, k.mT).mul_(tables.ratio)
-            y = torch.baddbmm(torch.bmm(scores, z[..., n:]), q * tables.gamma, s0[:, n:].mT)
+            moments = Momentum.of(b, tables.ratio, counts)
+            h = z
+            y, s, p, z = momentum_adjoint.advance(given, h, tables, moments, erasing_steps(gates, share, rule), at, n)
 
         ctx.plan, ctx.valid = plan, valid
-        given = (anchor, state, bias_eta, bias_alpha, scale, erase, *inputs)
-        ctx.inputs = len(given)
-        ctx.save_for_backward(
-            *given, *gates, *tables, k, q, v, k_factor, q_factor, v_factor, u, factor, steps, answer, z, scores
-        )
+        entered = (anchor, state, momentum, b, bias_eta, bias_alpha, scale, erase, *inputs)
+        ctx.inputs = len(entered)
+        made_here = (k, q, v, k_factor, q_factor, v_factor, u, factor, steps, answer, z, scores, h)
+        ctx.save_for_backward(*entered, *gates, *tables, *made_here, *moments)
         heads = anchor.shape[:2]
         return (
             y.unflatten(0, heads),
             q.unflatten(0, heads) if "q" in kernel.names else None,
             s.unflatten(0, heads),
+            None if p is None else p.unflatten(0, heads),
             gates.eta.unflatten(0, heads) if plan.tells_steps else None,
         )
 
     @staticmethod
     @outside_autocast
     def backward(  # type: ignore[override]
-        ctx: Any, d_y: Tensor, d_queries: Tensor | None, d_s: Tensor, d_told: Tensor | None
+        ctx: Any, d_y: Tensor, d_queries: Tensor | None, d_s: Tensor, d_p: Tensor | None, d_told: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         plan, valid = ctx.plan, ctx.valid
         kept = ctx.saved_tensors  # read once: checkpointing recomputes at the first look and refuses a second
-        given, saved = kept[: ctx.inputs], kept[ctx.inputs :]
+        entered, saved = kept[: ctx.inputs], kept[ctx.inputs :]
         if torch.is_grad_enabled():
-            again, d_outputs = partial(plan.by_autograd, valid), (d_y, d_queries, d_s, d_told)
-            return second_order(again, given, ctx.needs_input_grad[2:], d_outputs)
+            again, d_outputs = partial(plan.by_autograd, valid), (d_y, d_queries, d_s, d_p, d_told)
+            return second_order(again, entered, ctx.needs_input_grad[2:], d_outputs)
         kernel, rule = plan.kernel, plan.kernel.rule
-        anchor, state, _, _, scale, erase, *inputs = given
+        anchor, state, momentum, b, _, _, scale, erase, *inputs = entered
         batch, heads = anchor.shape[:2]
         a, s0, d_s, d_y = (t.flatten(0, 1) for t in (anchor, state, d_s, d_y))
         gates, tables = Gates(*saved[:4]), Tables(*saved[4:10])
-        k, q, v, k_factor, q_factor, v_factor, u, factor, steps, answer, z, scores = saved[10:]
+        k, q, v, k_factor, q_factor, v_factor, u, factor, steps, answer, z, scores, h = saved[10:23]
         n, own = kernel.others, rule.self_values
+        counts = None if valid is None else per_sequence(valid, batch, heads)
         share = None if erase is None else each(erase, batch).unsqueeze(-1)
 
-        # The state at the end.
-        d_z = torch.bmm(k * tables.last, d_s.mT)
-        d_last_key = torch.bmm(z, d_s)
-        d_k = d_last_key * tables.last
-        d_log_last = (d_k * k).sum(-1)
-        d_s0 = d_s * tables.gamma[:, -1:]
-        d_log_gamma = torch.zeros_like(d_log_last)
-        d_log_gamma[:, -1] = torch.bmm(d_s0.flatten(1).unsqueeze(1), s0.flatten(1).unsqueeze(2)).flatten()
-
-        # The read.
-        if rule.read == "anchor":
-            d_q = torch.bmm(d_y, a[:, n:])
-            d_log_ratio = torch.zeros_like(tables.ratio)
+        given = Given(k, q, s0, None if momentum is None else momentum.flatten(0, 1))
+        at = a if rule.read == "anchor" else None
+        if b is None:
+            back = writes_adjoint.advance_adjoint(given, z, scores, tables, rule.delta, at, n, d_y, d_s)
         else:
-            d_q = torch.bmm(d_y, s0[:, n:]).mul_(tables.gamma)
-            d_log_gamma += (d_q * q).sum(-1)
-            d_s0[:, n:] += torch.bmm(d_y.mT, q * tables.gamma)
-            d_z[..., n:] += torch.bmm(scores.mT, d_y)
-            d_scores = torch.bmm(d_y, z[..., n:].mT)
-            d_log_ratio = d_scores * scores
-            d_scores *= tables.ratio
-            d_q.baddbmm_(d_scores, k)
-            d_k.baddbmm_(d_scores.mT, q)
-
-        # The writes.
-        d_t = d_erasing_key = None
-        if rule.delta:
-            d_z = torch.bmm(tables.inverse.mT, d_z)
-            d_t = torch.bmm(d_z, z.mT).neg_().tril_(-1)
-            d_erasing_key = torch.bmm(d_z, s0).neg_()
-            d_s0.baddbmm_(d_z.mT, k * (tables.strength * tables.gamma), alpha=-1)
+            assert d_p is not None
+            back = momentum_adjoint.advance_adjoint(
+                given,
+                h,
+                z,
+                tables,
+                Momentum(*saved[23:]),
+                erasing_steps(gates, share, rule),
+                b,
+                counts,
+                at,
+                n,
+                d_y,
+                d_s,
+                d_p.flatten(0, 1),
+            )
+        (d_k, d_q, d_s0, d_p0), d_h = back.given, back.h
         d_key, d_eta, d_log_alpha, d_share = tables.adjoint(
-            k, gates, share, d_t, d_erasing_key, d_log_ratio, d_log_last, d_log_gamma
+            k, gates, share, back.t, back.erasing_key, back.log_ratio, back.log_last, back.log_gamma
         )
         if d_key is not None:
             d_k += d_key
+        if back.erasing is not None:
+            d_eta = d_eta + (back.erasing if share is None else back.erasing * share)
+            if d_share is not None:
+                d_share = d_share + back.erasing * gates.eta
 
         # Errors and self-generated values: with t = factor U, d U = factor (d t - [clipped] t (t . d t)).
-        along = torch.matmul(u * d_z, kernel.blocks.mT)
+        along = torch.matmul(u * d_h, kernel.blocks.mT)
         d_steps = along if factor is None else along * factor
-        d_u = d_z * torch.matmul(steps if factor is None else steps * factor, kernel.blocks)
+        d_u = d_h * torch.matmul(steps if factor is None else steps * factor, kernel.blocks)
         if factor is not None:
             turn = (steps * along).mul_(factor**3).mul_(factor < 1)
             d_u.addcmul_(u, torch.matmul(turn, kernel.blocks), value=-1)
@@ -271,8 +279,8 @@ class LinearSegment(torch.autograd.Function):
                 d_v.baddbmm_(d_u[..., : plan.gates], a[:, : plan.gates])
                 d_a[:, : plan.gates] = torch.bmm(d_u[..., : plan.gates].mT, v)
         if answer is not None:
-            d_steps = d_steps - torch.matmul(answer * d_z, kernel.blocks.mT)
-            d_answer = d_z * torch.matmul(steps, kernel.blocks)
+            d_steps = d_steps - torch.matmul(answer * d_h, kernel.blocks.mT)
+            d_answer = d_h * torch.matmul(steps, kernel.blocks)
             d_k.baddbmm_(d_answer, a, alpha=-1)
             d_a.baddbmm_(d_answer.mT, k, alpha=-1)
         if rule.read == "anchor":
@@ -283,7 +291,6 @@ class LinearSegment(torch.autograd.Function):
             d_eta += d_told.flatten(0, 1)
 
         # Generation.
-        counts = None if valid is None else per_sequence(valid, batch, heads)
         d_raw_eta, d_raw_alpha = gates.adjoint(d_eta, d_log_alpha, counts, rule)
         if d_queries is not None:
             d_q = d_q + d_queries.flatten(0, 1)
@@ -308,6 +315,8 @@ class LinearSegment(torch.autograd.Function):
             None,
             d_a.unflatten(0, shape),
             d_s0.unflatten(0, shape),
+            None if d_p0 is None else d_p0.unflatten(0, shape),
+            back.b,
             per_head(d_raw_eta),
             per_head(d_raw_alpha) if rule.decay else None,
             d_scale,
