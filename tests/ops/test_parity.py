@@ -13,6 +13,7 @@ from nestlearn.memory import LinearMemory, MLPMemory
 from nestlearn.nn import SelfReferentialTitans
 from nestlearn.ops import MEMORY, PROJECTIONS, CoreState, Start, WriteRule, kernel_for, reference, self_modify
 from nestlearn.ops.linear_adjoint import LinearSegments
+from nestlearn.ops.mlp_adjoint import MLPSegments
 
 GATES = ("eta", "alpha")
 HEADS, WIDTH, HIDDEN = 2, 5, 7
@@ -351,19 +352,28 @@ def test_step_sizes_and_their_gradients_are_those_of_autograd(structure: str, ra
     assert second.isfinite().all()
 
 
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("adaptive", [ALL, ("k", "v", "q")])
 @pytest.mark.parametrize("name", ["default", "l2", "anchor read", "no erasure", "shared values"])
-@pytest.mark.parametrize("erase", [False, True])
-def test_every_gradient_of_a_segment_with_padded_rows_is_that_of_autograd(name: str, erase: bool) -> None:
-    """With momentum, and a gradient of the state and the momentum at the end."""
-    start = make_start("linear", ALL, momentum=True, accumulates=erase)
-    rule, inputs = WriteRule(chunk_size=4, **RULES[name]), make_inputs(3, 10, ALL)
+def test_every_gradient_of_a_segment_with_padded_rows_is_that_of_autograd(
+    structure: str, momentum: bool, adaptive: tuple[str, ...], name: str
+) -> None:
+    """With a share of the erasure, and a gradient of the state and the momentum at the end."""
+    start = make_start(structure, adaptive, momentum=momentum, accumulates=True)
+    if structure == "mlp":
+        start.accumulates = None
+        if name == "shared values":
+            pytest.skip("goes by autograd")
+    rule, inputs = WriteRule(chunk_size=4, **RULES[name]), make_inputs(3, 10, adaptive)
     named = leaves(inputs, start)
     for t in named.values():
         t.requires_grad_()
     lengths, found = torch.tensor([10, 7, 0]), []
     for by_hand in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LinearSegments, "covers", classmethod(lambda cls, kernel, on=by_hand: on))
+            for segments in (LinearSegments, MLPSegments):
+                patch.setattr(segments, "covers", classmethod(lambda cls, kernel, on=by_hand: on))
             y, state = self_modify(inputs, start, rule, None, lengths)
         g = torch.Generator().manual_seed(3)
         weigh = lambda t, g=g: (t * torch.randn(t.shape, generator=g, dtype=t.dtype)).sum()  # noqa: E731

@@ -246,16 +246,8 @@ class LinearSegment(torch.autograd.Function):
                 d_s,
                 d_p.flatten(0, 1),
             )
-        (d_k, d_q, d_s0, d_p0), d_h = back.given, back.h
-        d_key, d_eta, d_log_alpha, d_share = tables.adjoint(
-            k, gates, share, back.t, back.erasing_key, back.log_ratio, back.log_last, back.log_gamma
-        )
-        if d_key is not None:
-            d_k += d_key
-        if back.erasing is not None:
-            d_eta = d_eta + (back.erasing if share is None else back.erasing * share)
-            if d_share is not None:
-                d_share = d_share + back.erasing * gates.eta
+        (_, d_q, d_s0, d_p0), d_h = back.given, back.h
+        d_k, d_eta, d_log_alpha, d_share = back.through_tables(k, gates, share, tables)
 
         # Errors and self-generated values: with t = factor U, d U = factor (d t - [clipped] t (t . d t)).
         along = torch.matmul(u * d_h, kernel.blocks.mT)

@@ -1,12 +1,14 @@
 """A segment of MLP memories (Eq. 89-91) as one node of the graph, its backward pass by hand.
 
-Covers delta gradient descent with self-generated values and without momentum, for the objectives ``dot`` and ``l2``;
-``ops.step`` has the rest, and the second derivatives. With W2 the rows of all memories and W1 one matrix a memory:
+Covers delta gradient descent with self-generated values, for the objectives ``dot`` and ``l2``; ``ops.step`` has the
+rest, and the second derivatives. With W2 the rows of all memories and W1 one matrix a memory:
 
     z = [k; v] W2^T,  h = silu(z),  [a; U] = [k; v] + h W1^T      answers and self-generated values
     r = eta s (clip(U) - [l2: a])                                 written to W1 along h
     Z = (I + T)^-1 (r W1 silu'(z) - strength gamma k S2^T)        written to W2 along k
     S2' = gamma_c S2 + Z^T (last k),   S1' = gamma_c S1 + r^T (last h)
+
+W2 is written and read by `ops.writes_adjoint`, with a momentum by `ops.momentum_adjoint`, W1 by `ops.layers_adjoint`.
 
 Shapes: N = B H (sequences times heads), c tokens, d channels, h hidden, g gates among the n memories. ``d_x`` is the
 derivative of the loss by x.
@@ -14,7 +16,7 @@ derivative of the loss by x.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nestlearn.ops import layers_adjoint, momentum_adjoint, writes_adjoint
 from nestlearn.ops.adjoint import (
     Gates,
     Sums,
@@ -36,8 +39,11 @@ from nestlearn.ops.adjoint import (
     units_adjoint,
     write_scales,
 )
+from nestlearn.ops.layers_adjoint import Layers
+from nestlearn.ops.momentum_adjoint import Momentum, erasing_steps
 from nestlearn.ops.rule import MEMORY, Start, WriteRule
 from nestlearn.ops.step import step
+from nestlearn.ops.writes_adjoint import Given
 
 if TYPE_CHECKING:
     from nestlearn.ops.mlp import MLPKernel, Packed
@@ -63,7 +69,7 @@ class MLPSegments:
     def covers(cls, kernel: MLPKernel) -> bool:
         """Whether the rule of ``kernel`` is that of this module."""
         rule = kernel.rule
-        return rule.self_values and kernel.start.momentum is None and rule.objective in ("dot", "l2")
+        return rule.self_values and rule.objective in ("dot", "l2")
 
     def __post_init__(self) -> None:
         start, names = self.kernel.start, self.kernel.names
@@ -78,27 +84,24 @@ class MLPSegments:
     ) -> tuple[Tensor, Tensor, Packed, Packed, Tensor | None]:
         start = self.kernel.start
         distinct = {i: piece[name] for name, i in self.source.items()}
-        fixed = (start.bias["eta"], start.bias.get("alpha"), self.scale, start.erase, *self.base)
+        fixed = (start.momentum, start.bias["eta"], start.bias.get("alpha"), self.scale, start.erase, *self.base)
         inputs = (distinct[i] for i in range(len(distinct)))
-        y, *after, eta = MLPSegment.apply(self, valid, *anchor, *state, *fixed, *inputs)
-        return y, piece["q"], tuple(after), (), eta
+        carried = momentum or (None, None, None)
+        y, *after, eta = MLPSegment.apply(self, valid, *anchor, *state, *carried, *fixed, *inputs)
+        return y, piece["q"], tuple(after[:3]), tuple(after[3:]) if momentum else (), eta
 
-    def by_autograd(self, valid: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
+    def by_autograd(self, valid: Tensor | None, *given: Any) -> tuple[Tensor | None, ...]:
         """The same by :func:`nestlearn.ops.step.step`: what a second derivative goes through."""
-        anchor, state, (bias_eta, bias_alpha, scale, erase, base1, base2), inputs = (
-            given[:3],
-            given[3:6],
-            given[6:12],
-            given[12:],
-        )
+        anchor, state, momentum, inputs = given[:3], given[3:6], given[6:9], given[16:]
+        b, bias_eta, bias_alpha, scale, erase, base1, base2 = given[9:16]
         start, rule = self.kernel.start, self.kernel.rule
         weights = start.weights if base1 is None else {**start.weights, MEMORY: (base1, base2)}
         bias = {"eta": bias_eta} | ({} if bias_alpha is None else {"alpha": bias_alpha})
         scales = dict(zip(self.kernel.names, scale.unbind(-1), strict=True))
-        again = type(self.kernel)(Start(weights, bias, scales, None, erase), rule)
+        again = type(self.kernel)(Start(weights, bias, scales, b, erase), rule)
         piece = {name: inputs[i] for name, i in self.source.items()}
-        y, _, after, _, eta = step(again, anchor, state, (), piece, valid)
-        return y, *after, eta
+        y, _, after, carried, eta = step(again, anchor, state, () if b is None else momentum, piece, valid)
+        return y, *after, *(carried or (None, None, None)), eta
 
 
 class MLPSegment(torch.autograd.Function):
@@ -108,9 +111,9 @@ class MLPSegment(torch.autograd.Function):
     def forward(ctx: Any, plan: MLPSegments, valid: Tensor | None, *given: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kernel, rule = plan.kernel, plan.kernel.rule
         batch, heads = given[0].shape[:2]
-        a2, a1, ag, s2, s1, sg = (t.flatten(0, 1) for t in given[:6])
-        bias_eta, bias_alpha, scale, erase, base1, base2 = given[6:12]
-        x = [t.flatten(0, 1) for t in given[12:]]
+        b, bias_eta, bias_alpha, scale, erase, base1, base2 = given[9:16]
+        a2, a1, ag, s2, s1, p2, p1 = _flat(given)
+        x = [t.flatten(0, 1) for t in given[16:]]
         names, g, n, width = kernel.names, kernel.g, kernel.n, kernel.hidden
         w1 = [*ag.unbind(1), *a1.unbind(1)]
         part = lambda t, m: t[..., m * width : (m + 1) * width]  # noqa: E731
@@ -143,33 +146,24 @@ class MLPSegment(torch.autograd.Function):
         back = torch.cat([torch.bmm(r[m], w1[m]) for m in range(n)], -1)
         share = None if erase is None else each(erase, batch).unsqueeze(-1)
         tables = Tables.of(k, gates, share, rule.delta)
-        written = silu_adjoint(back, z[:, :c])
-        if rule.delta:
-            rhs = torch.baddbmm(written, k * (tables.strength * tables.gamma), s2.mT, alpha=-1)
-            written = torch.bmm(tables.inverse, rhs)
-        at_end = tables.gamma[:, -1:]
-        next2 = torch.baddbmm(s2 * at_end, written.mT, k * tables.last)
-        h_last = h[:, :c] * tables.last
-        outer = [torch.bmm(r[m].mT, part(h_last, m)) for m in range(n)]
-        next1 = torch.stack(outer[g:], 1).addcmul_(s1, at_end.unsqueeze(-1))
-        next_gates = torch.stack(outer[:g], 1).addcmul_(sg, at_end.unsqueeze(-1)) if g else sg
-
-        memory = slice((n - 1) * width, None)
-        scores = scores1 = None
-        if rule.read == "anchor":
-            zq = torch.bmm(q, a2[:, memory].mT)
-            hq = F.silu(zq)
-            y = torch.baddbmm(q, hq, w1[-1].mT)
+        rows = silu_adjoint(back, z[:, :c])
+        memory, at = (n - 1) * width, a2 if rule.read == "anchor" else None
+        scores = next_p2 = momentum = None
+        if b is None:
+            zq, next2, written, scores = writes_adjoint.advance(Given(k, q, s2), rows, tables, rule.delta, at, memory)
         else:
-            scores = torch.bmm(q, k.mT).mul_(tables.ratio)
-            zq = torch.baddbmm(torch.bmm(scores, written[..., memory]), q * tables.gamma, s2[:, memory].mT)
-            if base2 is not None:
-                zq.baddbmm_(q, each(base2, batch).mT)
-            hq = F.silu(zq)
-            scores1 = torch.bmm(hq, h[:, :c, memory].mT).mul_(tables.ratio)
-            y = torch.baddbmm(torch.baddbmm(q, scores1, r[-1]), hq * tables.gamma, s1[:, -1].mT)
-            if base1 is not None:
-                y.baddbmm_(hq, each(base1, batch).mT)
+            momentum = Momentum.of(b, tables.ratio, counts)
+            zq, next2, next_p2, written = momentum_adjoint.advance(
+                Given(k, q, s2, p2), rows, tables, momentum, erasing_steps(gates, share, rule), at, memory
+            )
+        if base2 is not None:
+            zq.baddbmm_(q, each(base2, batch).mT)
+        hq = F.silu(zq)
+        read = None if rule.read == "anchor" else hq
+        y, next1, next_p1, scores1 = layers_adjoint.advance(h[:, :c], read, r, s1, p1, tables, momentum)
+        y = torch.baddbmm(q, hq, w1[-1].mT) if y is None else y.add_(q)
+        if base1 is not None:
+            y.baddbmm_(hq, each(base1, batch).mT)
 
         ctx.plan, ctx.valid, ctx.given = plan, valid, len(given)
         ctx.save_for_backward(
@@ -178,10 +172,12 @@ class MLPSegment(torch.autograd.Function):
             *tables,
             *(k, q, v, k_factor, q_factor, v_factor, both, z, h, gate_out, wide_out, steps),
             *(gate_written, wide_written, gate_factor, wide_factor, back, written, zq, hq, scores, scores1),
+            *(() if momentum is None else (rows, *momentum)),
             *generated,
         )
         told = gates.eta if plan.tells_steps else None
-        return tuple(None if t is None else t.unflatten(0, (batch, heads)) for t in (y, next2, next1, next_gates, told))
+        made_here = (y, next2, *next1, next_p2, *(next_p1 or (None, None)), told)
+        return tuple(None if t is None else t.unflatten(0, (batch, heads)) for t in made_here)
 
     @staticmethod
     @outside_autocast
@@ -193,83 +189,64 @@ class MLPSegment(torch.autograd.Function):
             return second_order(partial(plan.by_autograd, valid), given, ctx.needs_input_grad[2:], d_outputs)
         kernel, rule = plan.kernel, plan.kernel.rule
         batch, heads = given[0].shape[:2]
-        a2, a1, ag, s2, s1, sg = (t.flatten(0, 1) for t in given[:6])
-        _, _, scale, erase, base1, base2 = given[6:12]
-        x = [t.flatten(0, 1) for t in given[12:]]
+        b, _, _, scale, erase, base1, base2 = given[9:16]
+        a2, a1, ag, s2, s1, p2, p1 = _flat(given)
+        x = [t.flatten(0, 1) for t in given[16:]]
         *d_main, d_told = d_outputs
-        d_y, d_next2, d_next1, d_next_gates = (t.flatten(0, 1) for t in d_main if t is not None)
+        d_y, d_next2, *d_states = (t.flatten(0, 1) for t in d_main if t is not None)
+        d_next1, d_next_p2, d_carried = Layers(*d_states[:2]), None, None
+        if b is not None:
+            d_next_p2, d_carried = d_states[2], Layers(*d_states[3:])
         gates, tables = Gates(*saved[:4]), Tables(*saved[4:10])
         k, q, v, k_factor, q_factor, v_factor, both, z, h, gate_out, wide_out, steps = saved[10:22]
         gate_written, wide_written, gate_factor, wide_factor, back, written, zq, hq, scores, scores1 = saved[22:32]
-        generated = saved[32:]
+        rows, momentum, generated = None, None, saved[32:]
+        if b is not None:
+            rows, momentum, generated = saved[32], Momentum(*saved[33:38]), saved[38:]
         names, g, n, width, c = kernel.names, kernel.g, kernel.n, kernel.hidden, k.shape[1]
         w1 = [*ag.unbind(1), *a1.unbind(1)]
         r = [*gate_written.unbind(1), *wide_written.unbind(1)]
         part = lambda t, m: t[..., m * width : (m + 1) * width]  # noqa: E731
-        memory = slice((n - 1) * width, None)
+        memory = (n - 1) * width
         share = None if erase is None else each(erase, batch).unsqueeze(-1)
+        counts = None if valid is None else per_sequence(valid, batch, heads)
         zk, hk = z[:, :c], h[:, :c]
 
-        # The states at the end.
-        at_end = tables.gamma[:, -1:]
-        d_s2, d_s1, d_sg = d_next2 * at_end, d_next1 * at_end.unsqueeze(-1), d_next_gates * at_end.unsqueeze(-1)
-        dot = lambda a, b: torch.bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2)).flatten()  # noqa: E731
-        d_log_gamma = torch.zeros_like(gates.eta)
-        d_log_gamma[:, -1] = dot(d_s2, s2) + dot(d_s1, s1) + dot(d_sg, sg)
-        d_written = torch.bmm(k * tables.last, d_next2.mT)
-        d_k = torch.bmm(written, d_next2).mul_(tables.last)
-        d_next = [*d_next_gates.unbind(1), *d_next1.unbind(1)]
-        d_hk = torch.cat([torch.bmm(r[m], d_next[m]) for m in range(n)], -1).mul_(tables.last)
-        d_log_last = (d_k * k).sum(-1) + (d_hk * hk).sum(-1)
-        h_last = hk * tables.last
-        d_r = [torch.bmm(part(h_last, m), d_next[m].mT) for m in range(n)]
-
-        # The read: through the last layer, then the first.
+        # The last layers, and what is read through them.
+        read = None if rule.read == "anchor" else hq
+        layers = layers_adjoint.advance_adjoint(
+            hk, read, r, s1, p1, scores1, tables, momentum, b, counts, d_y, d_next1, d_carried
+        )
+        d_hk, d_r, d_hq = layers.h, layers.r, layers.hq
         d_base1 = d_base2 = None
-        d_log_ratio = torch.zeros_like(tables.ratio)
-        if rule.read == "anchor":
-            d_zq = silu_adjoint(torch.bmm(d_y, w1[-1]), zq)
-            d_q = torch.baddbmm(d_y, d_zq, a2[:, memory])
-        else:
-            d_hq = torch.bmm(d_y, s1[:, -1]).mul_(tables.gamma)
-            d_log_gamma += (d_hq * hq).sum(-1)
-            d_s1[:, -1] += torch.bmm(d_y.mT, hq * tables.gamma)
-            d_r[-1].baddbmm_(scores1.mT, d_y)
-            d_scores = torch.bmm(d_y, r[-1].mT)
-            d_log_ratio.addcmul_(d_scores, scores1)
-            d_scores *= tables.ratio
-            d_hq.baddbmm_(d_scores, hk[..., memory])
-            d_hk[..., memory] += torch.bmm(d_scores.mT, hq)
-            if base1 is not None:
-                d_hq.baddbmm_(d_y, each(base1, batch))
-                d_base1 = torch.bmm(d_y.mT, hq)
-            d_zq = silu_adjoint(d_hq, zq)
-            d_q = torch.bmm(d_zq, s2[:, memory]).mul_(tables.gamma)
-            d_log_gamma += (d_q * q).sum(-1)
-            d_s2[:, memory] += torch.bmm(d_zq.mT, q * tables.gamma)
-            d_written[..., memory] += torch.bmm(scores.mT, d_zq)
-            d_scores = torch.bmm(d_zq, written[..., memory].mT)
-            d_log_ratio.addcmul_(d_scores, scores)
-            d_scores *= tables.ratio
-            d_q.add_(d_y).baddbmm_(d_scores, k)
-            d_k.baddbmm_(d_scores.mT, q)
-            if base2 is not None:
-                d_q.baddbmm_(d_zq, each(base2, batch))
-                d_base2 = torch.bmm(d_zq.mT, q)
+        if d_hq is None:
+            d_hq = torch.bmm(d_y, w1[-1])
+        elif base1 is not None:
+            d_hq.baddbmm_(d_y, each(base1, batch))
+            d_base1 = torch.bmm(d_y.mT, hq)
+        d_zq = silu_adjoint(d_hq, zq)
 
         # The writes to W2.
-        d_t = d_erasing_key = None
-        if rule.delta:
-            d_written = torch.bmm(tables.inverse.mT, d_written)
-            d_t = torch.bmm(d_written, written.mT).neg_().tril_(-1)
-            d_erasing_key = torch.bmm(d_written, s2).neg_()
-            d_s2.baddbmm_(d_written.mT, k * (tables.strength * tables.gamma), alpha=-1)
-        d_key, d_eta, d_log_alpha, d_share = tables.adjoint(
-            k, gates, share, d_t, d_erasing_key, d_log_ratio, d_log_last, d_log_gamma
-        )
-        if d_key is not None:
-            d_k += d_key
-        d_back = silu_adjoint(d_written, zk)
+        at = a2 if rule.read == "anchor" else None
+        if momentum is None:
+            through = writes_adjoint.advance_adjoint(
+                Given(k, q, s2), written, scores, tables, rule.delta, at, memory, d_zq, d_next2
+            )
+        else:
+            assert rows is not None
+            assert d_next_p2 is not None
+            given2, erasing = Given(k, q, s2, p2), erasing_steps(gates, share, rule)
+            through = momentum_adjoint.advance_adjoint(
+                given2, rows, written, tables, momentum, erasing, b, counts, at, memory, d_zq, d_next2, d_next_p2
+            )
+        (_, d_q, d_s2, d_p2), d_rows = through.given, through.h
+        d_q = d_q + d_y
+        if base2 is not None:
+            d_q.baddbmm_(d_zq, each(base2, batch))
+            d_base2 = torch.bmm(d_zq.mT, q)
+        through = through.plus(layers.log_gamma, layers.log_last, layers.log_ratio, layers.b)
+        d_k, d_eta, d_log_alpha, d_share = through.through_tables(k, gates, share, tables)
+        d_back = silu_adjoint(d_rows, zk)
         d_w1 = []
         for m in range(n):
             d_r[m].baddbmm_(part(d_back, m), w1[m].mT)
@@ -296,13 +273,13 @@ class MLPSegment(torch.autograd.Function):
         d_z = silu_adjoint(d_h, z)
         s = torch.sigmoid(zk)
         curved = torch.lerp(hk, 2 - hk, s).mul_(1 - s)  # silu''
-        d_z[:, :c].addcmul_(curved.mul_(back), d_written)
+        d_z[:, :c].addcmul_(curved.mul_(back), d_rows)
         d_both = torch.baddbmm(d_wide_out.sum(1), d_z, a2)
         d_a2 = torch.bmm(d_z.mT, both)
         d_k += d_both[:, :c]
         d_v = d_both[:, c:]
         if rule.read == "anchor":
-            d_a2[:, memory] += torch.bmm(d_zq.mT, q)
+            d_a2[:, memory:] += torch.bmm(d_zq.mT, q)
             d_w1[-1].baddbmm_(d_y.mT, hq)
         d_eta = d_eta + (d_steps * each(scale, batch).unsqueeze(-1)).sum(1)
         if d_told is not None:
@@ -310,7 +287,6 @@ class MLPSegment(torch.autograd.Function):
         d_scale = (d_steps * gates.eta.unsqueeze(1)).sum(-1)
 
         # Generation.
-        counts = None if valid is None else per_sequence(valid, batch, heads)
         d_raw_eta, d_raw_alpha = gates.adjoint(d_eta, d_log_alpha, counts, rule)
         used = (k, k_factor), (q, q_factor), (v, v_factor)
         d_made = {"eta": d_raw_eta, "alpha": d_raw_alpha} | units_adjoint(used, (d_k, d_q, d_v))
@@ -339,7 +315,8 @@ class MLPSegment(torch.autograd.Function):
             split(d_a2),
             split(torch.stack(d_w1[g:], 1)),
             split(torch.stack(d_w1[:g], 1) if g else torch.zeros_like(ag)),
-            *map(split, (d_s2, d_s1, d_sg)),
+            *(None if t is None else split(t) for t in (d_s2, *layers.s, d_p2, *(layers.p or (None, None)))),
+            through.b,
             over_batch(d_raw_eta.sum(-1)),
             over_batch(d_raw_alpha.sum(-1)) if rule.decay else None,
             over_batch(d_scale),
@@ -348,6 +325,15 @@ class MLPSegment(torch.autograd.Function):
             None if d_base2 is None else over_batch(d_base2),
             *(None if t is None else split(t) for t in d_inputs.found),
         )
+
+
+def _flat(given: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Layers, Tensor | None, Layers | None]:
+    """What a segment starts from, by head: W2 and W1 of the anchor, the states S2 and S1, and their momenta, if any."""
+    a2, a1, ag, s2, wide, gates = (t.flatten(0, 1) for t in given[:6])
+    if given[6] is None:
+        return a2, a1, ag, s2, Layers(wide, gates), None, None
+    p2, p_wide, p_gates = (t.flatten(0, 1) for t in given[6:9])
+    return a2, a1, ag, s2, Layers(wide, gates), p2, Layers(p_wide, p_gates)
 
 
 def _written(out: Tensor, steps: Tensor, rule: WriteRule) -> tuple[Tensor, Tensor | None]:

@@ -49,10 +49,23 @@ class Momentum(NamedTuple):
         kept = log_b.exp()
         return cls(kept, table, counts, torch.bmm(counts, table), torch.bmm(counts, kept.unsqueeze(-1)))
 
-    def adjoint(
-        self, b: Tensor, valid: Tensor | None, d_kept: Tensor, d_table: Tensor, d_write: Tensor, d_carry: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    @property
+    def last_write(self) -> Tensor:
+        """(N, c, 1), what there is of each write in the last state."""
+        return self.write[:, -1, :, None]
+
+    @property
+    def last_table(self) -> Tensor:
+        """(N, c, 1), and in the last momentum."""
+        return self.table[:, -1, :, None]
+
+    def zeros(self) -> TableSums:
+        """Derivatives to be added up."""
+        return TableSums(*(torch.zeros_like(t) for t in (self.kept, self.table, self.write, self.carry)))
+
+    def adjoint(self, b: Tensor, valid: Tensor | None, sums: TableSums) -> tuple[Tensor, Tensor]:
         """Derivatives by b (H,) and by the logarithm of ``Gamma`` (N, c, c)."""
+        d_kept, d_table, d_write, d_carry = sums
         d_counts = torch.baddbmm(d_carry * self.kept.unsqueeze(-2), d_write, self.table.mT)
         d_log_table = (d_table + torch.bmm(self.counts.mT, d_write)) * self.table
         d_log = d_log_table.sum(-1) - d_log_table.sum(-2)
@@ -61,6 +74,15 @@ class Momentum(NamedTuple):
         up_to = d_log.flip(-1).cumsum(-1).flip(-1)
         d_log_b = (up_to if valid is None else up_to * valid).sum(-1).unflatten(0, (-1, len(b))).sum(0)
         return d_log_b / b, d_counts * self.counts
+
+
+class TableSums(NamedTuple):
+    """Derivatives by the tables of `Momentum`."""
+
+    kept: Tensor
+    table: Tensor
+    write: Tensor
+    carry: Tensor
 
 
 def advance(
@@ -76,7 +98,7 @@ def advance(
     k, q, s, p = given
     assert p is not None
     z, (gamma, carry) = None, (tables.gamma, momentum.carry)
-    written = momentum.write[:, -1, :, None] * h
+    written = momentum.last_write * h
     if erasing is not None:
         across = _erasing_table(k, erasing, momentum)
         z = torch.bmm(k * (tables.strength * gamma), s.mT)
@@ -84,7 +106,7 @@ def advance(
         z = torch.bmm(tables.inverse, z).neg_()
         written.addcmul_(tables.last, z)
     next_s = torch.baddbmm(s * gamma[:, -1:] + p * carry[:, -1:], written.mT, k)
-    next_p = torch.baddbmm(p * momentum.kept[:, -1:, None], (momentum.table[:, -1, :, None] * h).mT, k)
+    next_p = torch.baddbmm(p * momentum.kept[:, -1:, None], (momentum.last_table * h).mT, k)
     if anchor is not None:
         return torch.bmm(q, anchor[:, n:].mT), next_s, next_p, z
     y = torch.bmm(q * gamma, s[:, n:].mT).baddbmm_(q * carry, p[:, n:].mT)
@@ -116,18 +138,16 @@ def advance_adjoint(
     gamma, carry, ratio = tables.gamma, momentum.carry, tables.ratio
 
     # State and momentum at the end.
-    last_write, last_table = momentum.write[:, -1, :, None], momentum.table[:, -1, :, None]
+    last_write, last_table = momentum.last_write, momentum.last_table
     d_written, d_kept_write = torch.bmm(k, d_s.mT), torch.bmm(k, d_p.mT)
     d_h = last_write * d_written + last_table * d_kept_write
     d_k = torch.baddbmm(torch.bmm(last_table * h, d_p), last_write * h, d_s)
-    d_write, d_table = torch.zeros_like(ratio), torch.zeros_like(ratio)
-    d_write[:, -1] = (d_written * h).sum(-1)
-    d_table[:, -1] = (d_kept_write * h).sum(-1)
+    sums = momentum.zeros()
+    sums.write[:, -1] = (d_written * h).sum(-1)
+    sums.table[:, -1] = (d_kept_write * h).sum(-1)
     d_old_s, d_old_p = d_s * gamma[:, -1:], d_s * carry[:, -1:] + d_p * momentum.kept[:, -1:, None]
-    d_log_gamma, d_carry = torch.zeros_like(gamma.squeeze(-1)), torch.zeros_like(carry)
-    d_kept = torch.zeros_like(d_log_gamma)
-    d_log_gamma[:, -1], d_carry[:, -1, 0] = inner(d_old_s, s), inner(d_s, p)
-    d_kept[:, -1] = inner(d_p, p)
+    d_log_gamma = torch.zeros_like(gamma.squeeze(-1))
+    d_log_gamma[:, -1], sums.carry[:, -1, 0], sums.kept[:, -1] = inner(d_old_s, s), inner(d_s, p), inner(d_p, p)
     d_log_last, d_z = torch.zeros_like(d_log_gamma), None
     if z is not None:
         d_z = tables.last * d_written
@@ -141,13 +161,13 @@ def advance_adjoint(
         from_s, from_p = torch.bmm(d_y, s[:, n:]), torch.bmm(d_y, p[:, n:])
         d_q = from_s * gamma + from_p * carry
         d_log_gamma += (from_s * q).sum(-1) * gamma.squeeze(-1)
-        d_carry += (from_p * q).sum(-1, keepdim=True)
+        sums.carry.add_((from_p * q).sum(-1, keepdim=True))
         d_old_s[:, n:].baddbmm_(d_y.mT, q * gamma)
         d_old_p[:, n:].baddbmm_(d_y.mT, q * carry)
         scores = torch.bmm(q, k.mT)
         d_h[..., n:].baddbmm_((scores * momentum.write).mT, d_y)
         along = torch.bmm(d_y, h[..., n:].mT)
-        d_write += along * scores
+        sums.write.addcmul_(along, scores)
         d_scores = along * momentum.write
         d_log_ratio = torch.zeros_like(ratio)
         if z is not None:
@@ -173,16 +193,16 @@ def advance_adjoint(
         d_kept_key = torch.bmm(d_rows, p).neg_()
         d_k += d_kept_key * (e * before)
         d_strength = (d_kept_key * k).sum(-1, keepdim=True)
-        d_carry += _sooner(d_strength * e)
+        sums.carry.add_(_sooner(d_strength * e))
         d_h.baddbmm_(_erasing_table(k, erasing, momentum).mT, d_rows, alpha=-1)
         d_across = torch.bmm(d_rows, h.mT).neg_()
         overlap, written = torch.bmm(k, k.mT), _later(momentum.write)
         d_erasing = (d_strength * before).squeeze(-1) + (d_across * overlap * written).sum(-1)
         d_across *= e
-        d_write += _sooner(d_across * overlap)
+        sums.write.add_(_sooner(d_across * overlap))
         d_overlap = d_across * written
         d_k.baddbmm_(d_overlap + d_overlap.mT, k)
-    d_b, d_from_write = momentum.adjoint(b, valid, d_kept, d_table, d_write, d_carry)
+    d_b, d_from_write = momentum.adjoint(b, valid, sums)
     return Derivatives(
         Given(d_k, d_q, d_old_s, d_old_p),
         d_h,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nestlearn.ops.adjoint import Tables
+from nestlearn.ops.adjoint import Gates, Tables
 
 
 class Given(NamedTuple):
@@ -44,6 +44,28 @@ class Derivatives(NamedTuple):
     """By the step sizes of the erasure (N, c), besides what the tables have of them; with a momentum."""
     b: Tensor | None = None
     """By the momentum's retained fractions (H,)."""
+
+    def plus(self, log_gamma: Tensor, log_last: Tensor, log_ratio: Tensor, b: Tensor | None) -> Derivatives:
+        """With what others have of the tables."""
+        return self._replace(
+            b=self.b if b is None or self.b is None else self.b + b,
+            log_gamma=self.log_gamma + log_gamma,
+            log_last=self.log_last + log_last,
+            log_ratio=self.log_ratio + log_ratio,
+        )
+
+    def through_tables(
+        self, k: Tensor, gates: Gates, share: Tensor | None, tables: Tables
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Derivatives by k, eta, log alpha and the share of the erasure, with those that go through the tables."""
+        logs = self.log_ratio, self.log_last, self.log_gamma
+        d_k, d_eta, d_log_alpha, d_share = tables.adjoint(k, gates, share, self.t, self.erasing_key, *logs)
+        d_k = self.given.k if d_k is None else d_k + self.given.k
+        if self.erasing is not None:
+            d_eta = d_eta + (self.erasing if share is None else self.erasing * share)
+            if d_share is not None:
+                d_share = d_share + self.erasing * gates.eta
+        return d_k, d_eta, d_log_alpha, d_share
 
 
 def advance(
