@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import nestlearn.learner.learner as module
+import nestlearn.learner.step as stepping
 from nestlearn import ContinualLearner
 from nestlearn.convert import ContinualModel, Level
 from nestlearn.learner import LearnerState
@@ -65,6 +69,42 @@ def test_what_nobody_else_holds_stays_where_it_is(
     fork = learner.fork()
     learner.read(words(80, seed=2)[: WINDOW * 4])
     assert set(addresses(learner._state).values()).isdisjoint(addresses(fork.state).values())
+
+
+def test_a_state_that_another_thread_takes_during_an_update_never_changes(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, update = ContinualLearner(make(levels=LEVELS), tokenizer), stepping.update
+    learner.read(words(80)[: WINDOW * 4])
+    taken: list[tuple[LearnerState, list[Tensor]]] = []
+
+    def take() -> None:
+        state = learner.state
+        taken.append((state, [t.clone() for t in tensors(state).values()]))
+
+    def watched(*args: Any, **options: Any) -> Any:
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join(0.05)
+        return update(*args, **options)
+
+    monkeypatch.setattr(stepping, "update", watched)
+    learner.read(words(80, seed=1)[: WINDOW * 4])
+    while len(taken) < 7:
+        time.sleep(0.01)
+    for state, before in taken:
+        assert all(map(torch.equal, before, tensors(state).values()))
+
+
+def test_a_copy_of_a_learner_shares_nothing_with_it(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    learner = ContinualLearner(make(levels=LEVELS), tokenizer)
+    learner.read(words(80)[: WINDOW * 4])
+    other = copy.deepcopy(learner)
+    learner.read(words(80, seed=1)[: WINDOW * 4])
+    other.read(words(80, seed=1)[: WINDOW * 4])
+    assert same(learner.state, other.state)
 
 
 def test_a_rule_that_may_fail_leaves_every_level_as_it_was(

@@ -18,6 +18,7 @@ How a text is read:
 from __future__ import annotations
 
 import math
+import threading
 from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,6 +94,7 @@ class ContinualLearner:
         if autosave is not None and autosave < 1:
             raise UserError(f"autosave={autosave}: give the tokens between two automatic snapshots, or None")
         self._own: set[int] = set()  # numbers of the levels whose tensors are nowhere but in the state
+        self._turn = threading.Lock()  # either the state is handed out, or what is its own is written over
         self.state = fresh_state(self.model)
         self.snapshot: Snapshot | None = None  # the last one saved or opened, and the state in it
         self._saved: LearnerState | None = None
@@ -106,13 +108,21 @@ class ContinualLearner:
     def state(self) -> LearnerState:
         """What was learned, and all that a resume needs. Whoever has it may keep it: it never changes, as what comes
         next is then learned beside it."""
-        self._own.clear()
-        return self._state
+        with self._turn:
+            self._own.clear()
+            return self._state
 
     @state.setter
     def state(self, state: LearnerState) -> None:
-        self._own.clear()
-        self._state = state
+        with self._turn:
+            self._own.clear()
+            self._state = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}  # no lock can be copied
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values, _turn=threading.Lock())
 
     @property
     def weights(self) -> Tensors:
@@ -184,7 +194,7 @@ class ContinualLearner:
         for window in windows:
             before = self._state.read
             (prediction,) = predict(self.model, [self._state], [window], self.reading)
-            with uninterrupted():  # the tensors may be written in place, with which the rest of the state agrees
+            with uninterrupted(), self._turn:  # tensors may be written in place, with which the rest has to agree
                 outcome = learn(self.model, self._state, window, self.reading, prediction, self._own)
                 state = outcome.state
                 self._state = state if source is None else state.with_source(source, windows.position)
