@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 import nestlearn.learner.learner as module
 import nestlearn.learner.step as stepping
+import nestlearn.learner.update as updating
 from nestlearn import ContinualLearner
 from nestlearn.convert import ContinualModel, Level
+from nestlearn.errors import UserError
 from nestlearn.learner import LearnerState
 from nestlearn.learner.state import LevelState
 from nestlearn.learner.update import certain
@@ -157,3 +160,62 @@ def test_ctrl_c_in_an_update_waits_for_its_end(
     learner.read(text, source="book")
     straight.read(text, source="book")
     assert same(learner.state, straight.state)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_update_that_is_cut_off_is_told_and_undone(
+    make: Callable[..., ContinualModel],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    stored: bool,
+) -> None:
+    model, text = make(levels=LEVELS), words(80)[: WINDOW * 8]
+    store = tmp_path if stored else None
+    learner, straight = ContinualLearner(model, tokenizer, store), ContinualLearner(model, tokenizer)
+    learner.read(words(20), source="before")
+    straight.read(words(20), source="before")
+    if stored:
+        learner.save("good")
+    count, adamw = itertools.count(1), updating.adamw
+
+    def cut_off(*args: Any, **options: Any) -> None:
+        adamw(*args, **options)
+        if next(count) == 8:
+            raise MemoryError
+
+    monkeypatch.setattr(updating, "adamw", cut_off)
+    back = "snapshot good" if stored else "the pretrained weights"
+    with pytest.raises(UserError, match=f"an update was cut off in its middle: the learner is back at {back}"):
+        learner.read(text, source="book")
+    monkeypatch.undo()
+    assert learner.stored is stored
+    assert learner.state.read == (straight.state.read if stored else 0)
+    for source, words_of in (("before", words(20)), ("book", text)):
+        learner.read(words_of, source=source)
+        straight.read(words_of, source=source)
+    assert same(learner.state, straight.state)
+
+
+def test_a_learner_that_has_been_copied_in_any_way_writes_over_nothing(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    learner = ContinualLearner(make(levels=LEVELS), tokenizer)
+    learner.read(words(80)[: WINDOW * 4])
+    other = copy.copy(learner)
+    before = [t.clone() for t in tensors(other.state).values()]
+    learner.read(words(80, seed=1)[: WINDOW * 4])
+    assert all(map(torch.equal, before, tensors(other.state).values()))
+
+
+def test_a_text_is_learned_in_inference_mode(
+    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = make(levels=LEVELS)
+    learner, other = ContinualLearner(model, tokenizer), ContinualLearner(model, tokenizer)
+    with torch.inference_mode():
+        learner.read(words(20))
+    learner.read(words(20, seed=1))
+    other.read(words(20))
+    other.read(words(20, seed=1))
+    assert same(learner.state, other.state)

@@ -391,3 +391,15 @@ def test_step_sizes_are_refused_where_they_are_not_told(name: str, monkeypatch: 
     x = {name: torch.zeros(1, HEADS, 2, WIDTH, dtype=torch.float64) for name in PROJECTIONS}
     with pytest.raises(UserError, match=f"NESTLEARN_OPS={name} does not tell the step sizes: take 'torch'"):
         self_modify(x, make_start("linear", PROJECTIONS), WriteRule(), None, None, [])
+
+
+@pytest.mark.parametrize("structure", ["linear", "mlp"])
+def test_a_retained_fraction_near_one_has_its_gradient_in_float32(structure: str) -> None:
+    """As heads that accumulate have: 1 - sigmoid has no digit left there."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        start, inputs = make_start(structure, ("k", "v"), dtype=dtype), make_inputs(2, 9, ("k", "v"), dtype)
+        start.bias["alpha"] = torch.full((HEADS,), 17.0, dtype=dtype, requires_grad=True)
+        y, _ = self_modify({**inputs, "alpha": 0 * inputs["alpha"]}, start, WriteRule(chunk_size=4))
+        found.append(torch.autograd.grad(y.square().sum(), start.bias["alpha"])[0].double())
+    assert relative(*found) < 1e-4

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,8 +35,8 @@ from nestlearn.files import uninterrupted
 from nestlearn.learner.guards import RetentionProbe
 from nestlearn.learner.reading import Reading, mean_loss
 from nestlearn.learner.report import ReadReport, Tally
-from nestlearn.learner.state import LearnerState, LevelState, Tensors
-from nestlearn.learner.step import flush, learn, predict
+from nestlearn.learner.state import LearnerState, LevelState, Source, Tensors
+from nestlearn.learner.step import Outcome, Prediction, flush, learn, predict
 from nestlearn.learner.store import Snapshot, Store
 from nestlearn.learner.store.compare import Diff
 from nestlearn.learner.stream import Text, Windows
@@ -119,7 +120,8 @@ class ContinualLearner:
             self._state = state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_turn"}  # no lock can be copied
+        """For a copy, or another process, which may have the same tensors."""
+        return {**self.__dict__, "_state": self.state, "_own": set(), "_turn": None}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values, _turn=threading.Lock())
@@ -141,6 +143,7 @@ class ContinualLearner:
         """Whether the store has the state as it is now, in a snapshot of any kind."""
         return self._saved is self._state
 
+    @torch.inference_mode(False)
     def read(
         self,
         text: Text,
@@ -194,10 +197,8 @@ class ContinualLearner:
         for window in windows:
             before = self._state.read
             (prediction,) = predict(self.model, [self._state], [window], self.reading)
-            with uninterrupted(), self._turn:  # tensors may be written in place, with which the rest has to agree
-                outcome = learn(self.model, self._state, window, self.reading, prediction, self._own)
-                state = outcome.state
-                self._state = state if source is None else state.with_source(source, windows.position)
+            outcome = self._learn(window, prediction, None if source is None else (source, windows.position))
+            state = outcome.state
             del prediction  # its gradient is as large as all that learns
             tally.add(outcome, len(window))
             if on_window is not None:
@@ -209,12 +210,38 @@ class ContinualLearner:
             if unsaved and (due or self.probe is None):
                 self.checkpoint()
                 unsaved = False
+        end = self._state
         if tally.tokens or (windows.read is not None and not windows.read.finished):
-            self._state = flush(self.model, self._state, self.reading)
-        self._state = self._state.opened(None)
+            end = flush(self.model, end, self.reading)
+        end = end.opened(None)
         if source is not None:
-            self._state = self._state.with_source(source, replace(windows.position, finished=True))
+            end = end.with_source(source, replace(windows.position, finished=True))
+        self._state = end
         return self._over_limit()
+
+    def _learn(self, window: Tensor, prediction: Prediction, position: tuple[str, Source] | None) -> Outcome:
+        """Go on to the state after a window. Tensors may be written in place, with which the rest of the state has to
+        agree: where something is raised between the two, as by the third Ctrl-C or for want of memory, the learner
+        goes back to what the store has, or to the pretrained weights, and says so in a `UserError`."""
+        with uninterrupted(), self._turn:
+            before = self._state.versions()
+            try:
+                outcome = learn(self.model, self._state, window, self.reading, prediction, self._own)
+                self._state = outcome.state if position is None else outcome.state.with_source(*position)
+            except BaseException as stop:
+                if self._state.versions() == before:
+                    raise
+                self._own.clear()
+                self._state, back = self._kept()
+                raise UserError(f"an update was cut off in its middle: the learner is back at {back}") from stop
+        return outcome
+
+    def _kept(self) -> tuple[LearnerState, str]:
+        """The last state that was kept, and where."""
+        if self.snapshot is None:
+            return fresh_state(self.model), "the pretrained weights"
+        self._saved = LearnerState.restore(*self._load(self.snapshot.id))
+        return self._saved, f"snapshot {self.snapshot.name or self.snapshot.short}"
 
     def loss(self, text: Text) -> float:
         """Nats per token of a text with the learned weights, read as `read` does, and not learned.
@@ -352,17 +379,17 @@ class ContinualLearner:
             self.state = self._good
 
     def _save(self, name: str | None, *, auto: bool) -> Snapshot:
+        state = self.state
         meta = {
             "auto": auto,
-            "tokens": self._state.clock,
-            "loss": self._state.surprise.mean if self._state.surprise.count else None,
+            "tokens": state.clock,
+            "loss": state.surprise.mean if state.surprise.count else None,
             "config": self.model.config_levels.to_dict(),
             "reading": {"window": self.reading.window, "context": self.reading.context},
-            "learner": self._state.to_json(),
+            "learner": state.to_json(),
         }
         with uninterrupted():  # what is saved is in the store and known to be there, or neither
-            self.snapshot = self._stored().save(self._state.to_tensors(), meta, name=name)
-            self._saved = self._state
+            self.snapshot, self._saved = self._stored().save(state.to_tensors(), meta, name=name), state
             self._stored().prune(keep_last=KEPT)
         return self.snapshot
 

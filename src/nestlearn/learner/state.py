@@ -116,6 +116,16 @@ class LearnerState:
         """The learned weights of all levels, by name."""
         return {name: w for level in self.levels for name, w in level.weights.items()}
 
+    def versions(self) -> list[int]:
+        """How often each tensor has been written in place."""
+        held = [
+            t
+            for level in self.levels
+            for ts in (level.weights.values(), level.gathered.values(), *level.slots.values())
+            for t in ts
+        ]
+        return [t._version for t in held]
+
     def with_source(self, name: str, source: Source) -> LearnerState:
         return replace(self, sources={**self.sources, name: source})
 

@@ -80,19 +80,22 @@ def update(
     old = {name: state.weights.get(name, start[name]) for name in gradients}
     weights: Tensors = {}
     slots: dict[str, tuple[Tensor, ...]] = {}
+    means: Tensors = {}
     if level.rule == "adamw":
         for name, w in old.items():
             known = state.slots.get(name) or _no_moments(w)
             weights[name] = w if in_place and name not in kept else _copy(w)
             slots[name] = known if in_place else tuple(map(_copy, known))
-        means = [_copy(g, keep=in_place).mul_(factor) for g in gradients.values()]
-        _adamw(level.lr, list(weights.values()), means, list(slots.values()))
+        means = {name: _copy(g, keep=in_place).mul_(factor) for name, g in gradients.items()}
+        _adamw(level.lr, list(weights.values()), list(means.values()), list(slots.values()))
     else:
         for name, g in gradients.items():
             weights[name], slots[name] = _step(level, old[name], g * factor, state.slots.get(name, ()))
     for name in kept.keys() & weights.keys():
         weights[name] = old[name] + kept[name].bend(weights[name] - old[name])
-    distance = _norm([torch.linalg.vector_norm(w - start[name]) for name, w in weights.items()])
+    # In the place of the gradients, which are of no more use.
+    moved = (torch.sub(w, start[name], out=means.get(name)) for name, w in weights.items())
+    distance = _norm([torch.linalg.vector_norm(change) for change in moved])
     size = _norm([torch.linalg.vector_norm(start[name]) for name in gradients]) if state.size is None else state.size
     if not math.isfinite(distance):
         return None

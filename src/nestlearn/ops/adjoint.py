@@ -106,7 +106,8 @@ class Gates(NamedTuple):
             d_log_alpha = d_log_alpha * valid
         if rule.bounded:
             d_log_alpha = torch.addcmul(d_log_alpha, d_eta, self.eta)
-        opening = (1 - self.alpha) * (self.alpha > CLOSED)  # logsigmoid' = 1 - sigmoid; a clamped gate is flat
+        # logsigmoid' = 1 - sigmoid, which cancels near 1; a clamped gate is flat.
+        opening = -torch.expm1(self.log_alpha) * (self.alpha > CLOSED)
         return d_eta * self.slope, d_log_alpha * opening
 
 
