@@ -273,3 +273,28 @@ def test_compiled_forward_equals_eager() -> None:
     """In a process of its own: the compiler cannot trace the checks of shapes that tests switch on."""
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+EXPORTED = """
+import torch
+from nestlearn import HopeConfig, HopeForCausalLM
+sizes = dict(vocab_size=40, hidden_size=24, num_attention_heads=3, intermediate_size=32, initializer_range=0.3)
+x = torch.randint(0, 40, (3, 7), generator=torch.Generator().manual_seed(1))
+models = []
+for limit in (0.05, None):
+    torch.manual_seed(0)
+    kinds = dict(num_hidden_layers=2, block_types=["hope", "ttt-mlp"], cms_chunk_sizes=[4, 8], chunk_size=4)
+    models.append(HopeForCausalLM(HopeConfig(**sizes, **kinds, norm_limit=limit)).eval())
+rows = {"input_ids": {0: torch.export.Dim("rows", min=2, max=64)}, "use_cache": None}
+with torch.no_grad():
+    made = torch.export.export(models[0], (x[:2],), {"use_cache": False}, dynamic_shapes=rows).module()
+    found, expected, unlimited = (model(x, use_cache=False).logits for model in (made, *models))
+torch.testing.assert_close(found, expected)
+assert (expected - unlimited).abs().max() > 1e-3
+"""
+
+
+def test_what_torch_export_makes_is_the_model_on_any_tokens() -> None:
+    """With any number of rows, and where memories are past their norm limit. In a process of its own, as above."""
+    run = subprocess.run([sys.executable, "-c", EXPORTED], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
