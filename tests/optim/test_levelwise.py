@@ -282,6 +282,8 @@ def test_names_cover_what_is_below_them() -> None:
         ({"0": 0}, "the period of '0' is 0"),
         ({"0": 2.0}, "the period of '0' is 2.0"),
         ({"0": True}, "the period of '0' is True"),
+        ({0: 2}, "got a dict that is no mapping of names: give steps by the name"),
+        ([2], "got a list that is no mapping of names: give steps by the name"),
         ({"0": 2, "*.weight": 3}, "'0' and '\\*.weight' give one parameter two periods"),
     ],
 )
@@ -448,6 +450,8 @@ def test_what_is_no_optimizer_or_no_parameter_is_refused() -> None:
         (LevelwiseOptimizer(inner, {w: 2}), {}, "got a LevelwiseOptimizer"),
         (w, {}, "got a Parameter"),
         (inner, {"weight": 2}, "'weight', which is no parameter"),
+        (inner, [2], "got periods as list: give one by parameter"),
+        (inner, 4, "got periods as int: give one by parameter"),
     ):
         with pytest.raises(UserError, match=message):
             LevelwiseOptimizer(optimizer, periods)

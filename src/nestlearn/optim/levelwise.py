@@ -66,6 +66,11 @@ class LevelwiseOptimizer(Optimizer):
                 f"a LevelwiseOptimizer steps another optimizer and got a {type(optimizer).__name__}: give one of "
                 "torch.optim or nestlearn.optim, with all periods at once"
             )
+        if not isinstance(periods, Mapping):
+            raise UserError(
+                f"a LevelwiseOptimizer got periods as {type(periods).__name__}: give one by parameter, as "
+                'periods_of(model, {"layers.0": 8}) makes them'
+            )
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for p, period in periods.items():
             if not isinstance(p, Tensor):
@@ -306,6 +311,11 @@ def periods_of(model: nn.Module, periods: Mapping[str, int]) -> dict[nn.Paramete
     >>> sorted(periods.values())
     [8, 8]
     """
+    if not isinstance(periods, Mapping) or not all(isinstance(name, str) for name in periods):
+        raise UserError(
+            f"periods_of got a {type(periods).__name__} that is no mapping of names: give steps by the name of a "
+            'module, as {"layers.0": 8}'
+        )
     found: dict[nn.Parameter, int] = {}
     source: dict[nn.Parameter, str] = {}
     modules = [name for name, _ in model.named_modules() if name]
