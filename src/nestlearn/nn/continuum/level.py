@@ -103,6 +103,14 @@ class ContinuumLevel(nn.Module):
         weights = tuple(_wide(w) for w in self.weights)
         return LevelState(weights, start=weights if nested else ())
 
+    def continues(self, state: LevelState, parent: ContinuumLevel | None, begun: bool) -> bool:
+        """Whether the state may be this level's, by what it remembers; ``begun``: of tokens."""
+        assert self.update is not None
+        if parent is not None and parent.update is not None and not parent.update.fits(state.start_slots):
+            return False
+        objective = not begun or (state.last is None) == (self.value is None)
+        return self.update.fits(state.slots) and bool(state.start) == (parent is not None) and objective
+
     def read(self, h_BTD: Float[Tensor, "B T D"], state: LevelState) -> tuple[Tensor, Weights]:
         """The output with the state's weights, and, for DGD, ``W sum_t k_t k_t^T`` of each weight (else ())."""
         x_BTD = self._normed(h_BTD)
