@@ -275,6 +275,30 @@ def test_compiled_forward_equals_eager() -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("online", [None, "local"])
+def test_peft_tunes_every_norm_and_the_projections_by_name(online: str | None) -> None:
+    peft, x = pytest.importorskip("peft"), ids(2, 9)
+    for adapters, parts in (
+        (peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["norm"]), ["norm", "mixer.norm", "levels.1.norm"]),
+        (peft.LoraConfig(r=2, target_modules=["project.k", "project.v"], init_lora_weights=False), ["project.v"]),
+    ):
+        model = hope(["hope", "hope"], cms_chunk_sizes=[4, 8], cms_online=online)
+        before = model(x, use_cache=False).logits
+        adapted = peft.get_peft_model(model, adapters)
+        trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        assert all(any(f"{part}." in name for name in trained) for part in parts)
+        with torch.no_grad():
+            for p in trained.values():
+                p.mul_(1.5)
+        out = adapted(input_ids=x, use_cache=False).logits
+        out.square().sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in trained.values())
+        assert (out - before).abs().max() > 1e-3
+        torch.testing.assert_close(adapted.merge_and_unload()(x, use_cache=False).logits, out, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="ParameterList"):
+        peft.get_peft_model(hope(["hope", "hope"], cms_chunk_sizes=[4, 8]), peft.LoraConfig(target_modules=["k"]))
+
+
 EXPORTED = """
 import torch
 from nestlearn import HopeConfig, HopeForCausalLM

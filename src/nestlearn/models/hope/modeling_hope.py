@@ -165,6 +165,9 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
 
     ``generate()`` carries a state whose size does not grow with the text in "hope" blocks.
 
+    PEFT's LoRA is for linear layers: name them so that no memory of the same name is meant, as "project.k" and
+    "project.v" (a "k" alone is also the start of a memory, which PEFT refuses). LN tuning is for "norm".
+
     >>> model = HopeForCausalLM(HopeConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
     >>> model(torch.tensor([[1, 2, 3]])).logits.shape
     torch.Size([1, 3, 32])

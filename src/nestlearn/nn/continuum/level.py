@@ -20,6 +20,7 @@ from nestlearn.memory.objectives import Objective
 from nestlearn.memory.structures import Factors, Weights
 from nestlearn.nn.continuum.state import LevelState, choose
 from nestlearn.nn.continuum.update import LevelUpdate
+from nestlearn.nn.mixer import normed
 
 
 class ContinuumLevel(nn.Module):
@@ -96,7 +97,7 @@ class ContinuumLevel(nn.Module):
 
     def _normed(self, h_BTD: Tensor) -> Tensor:
         """What the weights read, in float32 or wider."""
-        return F.rms_norm(h_BTD, self.norm.normalized_shape, _wide(self.norm.weight), self.norm.eps)
+        return normed(self.norm, h_BTD)
 
     def begin(self, nested: bool) -> LevelState:
         """The state before the first token; ``nested``: a slower level holds this level's start."""
