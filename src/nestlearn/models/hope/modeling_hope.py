@@ -67,6 +67,9 @@ class HopeModel(HopePreTrainedModel):
 
     def __init__(self, config: HopeConfig) -> None:
         super().__init__(config)
+        if config.block_types is not None:  # who lowers num_hidden_layers by hand gets the first blocks, as of a Llama
+            config.block_types = config.block_types[: config.num_hidden_layers]
+        config.validate_layer_type()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(HopeBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
