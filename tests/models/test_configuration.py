@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoConfig
 
 import nestlearn
-from nestlearn import HopeConfig
+from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.errors import UserError
 from nestlearn.models.hope.block import TITANS_OPTIONS
 from nestlearn.nn import SelfReferentialTitans
@@ -84,6 +86,32 @@ def test_types_hold_after_construction_too_and_an_integer_is_a_float() -> None:
 
 def test_block_types_default_to_hope() -> None:
     assert HopeConfig(num_hidden_layers=3).block_types == ["hope"] * 3
+
+
+def test_a_model_that_is_cut_by_hand_is_its_first_blocks_and_one_that_is_grown_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12}
+    config = HopeConfig(**sizes, num_hidden_layers=3, block_types=["hope", "attention", "hope"])
+    model, x = HopeForCausalLM(config).eval(), torch.arange(6)[None]
+    model.save_pretrained(tmp_path / "whole")
+    for kept in (2, 1):
+        cut = HopeForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=kept).eval()
+        assert cut.config.block_types == ["hope", "attention"][:kept]
+        cut.save_pretrained(tmp_path / "cut")
+        again = HopeForCausalLM.from_pretrained(tmp_path / "cut").eval()
+        assert torch.equal(again(x).logits, cut(x).logits)
+        first = model(x, output_hidden_states=True).hidden_states[kept]
+        assert torch.equal(cut(x).logits, model.lm_head(model.model.norm(first)))
+    config.num_hidden_layers = 4
+    with pytest.raises(
+        UserError, match=r"block_types names 3 blocks, but num_hidden_layers=4: give one type per block"
+    ):
+        HopeForCausalLM(config)
+    config.num_hidden_layers = 2
+    with pytest.raises(StrictDataclassClassValidationError, match="block_types names 3 blocks"):  # as of a Qwen
+        config.save_pretrained(tmp_path)
+    assert len(HopeForCausalLM(config).model.layers) == 2
+    config.save_pretrained(tmp_path)
+    assert HopeConfig.from_pretrained(tmp_path).block_types == ["hope", "attention"]
 
 
 def test_layer_types_can_be_read_only() -> None:

@@ -273,3 +273,52 @@ def test_compiled_forward_equals_eager() -> None:
     """In a process of its own: the compiler cannot trace the checks of shapes that tests switch on."""
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("online", [None, "local"])
+def test_peft_tunes_every_norm_and_the_projections_by_name(online: str | None) -> None:
+    peft, x = pytest.importorskip("peft"), ids(2, 9)
+    for adapters, parts in (
+        (peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["norm"]), ["norm", "mixer.norm", "levels.1.norm"]),
+        (peft.LoraConfig(r=2, target_modules=["project.k", "project.v"], init_lora_weights=False), ["project.v"]),
+    ):
+        model = hope(["hope", "hope"], cms_chunk_sizes=[4, 8], cms_online=online)
+        before = model(x, use_cache=False).logits
+        adapted = peft.get_peft_model(model, adapters)
+        trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        assert all(any(f"{part}." in name for name in trained) for part in parts)
+        with torch.no_grad():
+            for p in trained.values():
+                p.mul_(1.5)
+        out = adapted(input_ids=x, use_cache=False).logits
+        out.square().sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in trained.values())
+        assert (out - before).abs().max() > 1e-3
+        torch.testing.assert_close(adapted.merge_and_unload()(x, use_cache=False).logits, out, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="ParameterList"):
+        peft.get_peft_model(hope(["hope", "hope"], cms_chunk_sizes=[4, 8]), peft.LoraConfig(target_modules=["k"]))
+
+
+EXPORTED = """
+import torch
+from nestlearn import HopeConfig, HopeForCausalLM
+sizes = dict(vocab_size=40, hidden_size=24, num_attention_heads=3, intermediate_size=32, initializer_range=0.3)
+x = torch.randint(0, 40, (3, 7), generator=torch.Generator().manual_seed(1))
+models = []
+for limit in (0.05, None):
+    torch.manual_seed(0)
+    kinds = dict(num_hidden_layers=2, block_types=["hope", "ttt-mlp"], cms_chunk_sizes=[4, 8], chunk_size=4)
+    models.append(HopeForCausalLM(HopeConfig(**sizes, **kinds, norm_limit=limit)).eval())
+rows = {"input_ids": {0: torch.export.Dim("rows", min=2, max=64)}, "use_cache": None}
+with torch.no_grad():
+    made = torch.export.export(models[0], (x[:2],), {"use_cache": False}, dynamic_shapes=rows).module()
+    found, expected, unlimited = (model(x, use_cache=False).logits for model in (made, *models))
+torch.testing.assert_close(found, expected)
+assert (expected - unlimited).abs().max() > 1e-3
+"""
+
+
+def test_what_torch_export_makes_is_the_model_on_any_tokens() -> None:
+    """With any number of rows, and where memories are past their norm limit. In a process of its own, as above."""
+    run = subprocess.run([sys.executable, "-c", EXPORTED], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

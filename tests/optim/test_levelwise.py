@@ -282,6 +282,8 @@ def test_names_cover_what_is_below_them() -> None:
         ({"0": 0}, "the period of '0' is 0"),
         ({"0": 2.0}, "the period of '0' is 2.0"),
         ({"0": True}, "the period of '0' is True"),
+        ({0: 2}, "got a dict that is no mapping of names: give steps by the name"),
+        ([2], "got a list that is no mapping of names: give steps by the name"),
         ({"0": 2, "*.weight": 3}, "'0' and '\\*.weight' give one parameter two periods"),
     ],
 )
@@ -448,6 +450,8 @@ def test_what_is_no_optimizer_or_no_parameter_is_refused() -> None:
         (LevelwiseOptimizer(inner, {w: 2}), {}, "got a LevelwiseOptimizer"),
         (w, {}, "got a Parameter"),
         (inner, {"weight": 2}, "'weight', which is no parameter"),
+        (inner, [2], "got periods as list: give one by parameter"),
+        (inner, 4, "got periods as int: give one by parameter"),
     ):
         with pytest.raises(UserError, match=message):
             LevelwiseOptimizer(optimizer, periods)
@@ -465,3 +469,37 @@ def test_a_second_wrapper_finds_what_the_first_has_put_to_rest() -> None:
     optimizer.flush()
     assert (slow.tolist(), fast.tolist(), frozen.tolist()) == ([-2.0], [-10.0], [0.0])
     assert [p.requires_grad for p in (slow, fast, frozen)] == [True, True, False]
+
+
+def test_last_with_nothing_but_slow_levels_has_a_backward_pass_at_every_step() -> None:
+    model, plain, xs = make(), make(), batches(12)
+    optimizer = LevelwiseOptimizer(INNER["sgd"](model), periods_of(model, {"0": 4, "2": 6, "4": 2}), error="last")
+    asked = []
+    for x in xs:
+        asked.append([layer.weight.requires_grad for layer in (model[0], model[2], model[4])])
+        loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert asked[:4] == [[False, False, True], [False, False, True], [False, False, True], [True, False, True]]
+    levels = [(plain[0], 4), (plain[2], 6), (plain[4], 2)]
+    optimizers = [INNER["sgd"](level) for level, _ in levels]
+    for t, x in enumerate(xs, start=1):
+        loss_of(plain, x).backward()
+        for (_, period), each in zip(levels, optimizers, strict=True):
+            if t % period == 0:
+                each.step()
+            each.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_parameter_that_is_frozen_after_a_flush_stays_frozen() -> None:
+    slow, fast = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = LevelwiseOptimizer(torch.optim.SGD([slow, fast], lr=1.0), {slow: 2}, "last")
+    for step in range(6):
+        if step == 3:
+            optimizer.flush()
+            slow.requires_grad_(False)
+        (slow + fast).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (slow.tolist(), fast.tolist(), slow.requires_grad) == ([-1.0], [-6.0], False)

@@ -123,6 +123,7 @@ def test_batched_equals_single_also_when_a_gradient_was_missing():
         ({"betas": (0.9, 0.99)}, "three fractions"),
         ({"betas": (0.9, 0.99, 1.2)}, "three fractions"),
         ({"betas": 0.9}, "three fractions"),
+        ({"betas": ("0.9", "0.99", "0.9")}, "three fractions"),
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"chunk_size": True}, "chunk_size=True"),
         ({"lr": "0.1"}, "lr='0.1'"),

@@ -132,12 +132,21 @@ def test_every_given_group_is_split_and_both_halves_follow_a_schedule():
         ({"adjust": "originl"}, "did you mean 'original'"),
         ({"steps": -1}, "steps=-1"),
         ({"adam_betas": (0.9, 1.0)}, "adam_betas"),
+        ({"adam_betas": "0.9"}, "adam_betas='0.9': give two fractions"),
+        ({"adam_betas": ("0.9", "0.99")}, "give two fractions"),
+        ({"adam_betas": (0.9,)}, "give two fractions"),
         ({"momentum": 2.0}, "momentum=2.0"),
     ],
 )
 def test_mistakes_are_one_line(wrong, words):
     with pytest.raises(UserError, match=words):
         Muon([nn.Parameter(torch.zeros(2, 2))], **wrong)
+
+
+@pytest.mark.parametrize("given", [nn.Linear(2, 2).parameters(), [nn.Parameter(torch.zeros(2, 2))], None])
+def test_groups_are_made_of_a_model_and_not_of_parameters(given):
+    with pytest.raises(UserError, match=f"matrix_groups got a {type(given).__name__}: give it the model"):
+        matrix_groups(given)
 
 
 def test_adjustment():

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.errors import UserError
 from nestlearn.train import processes
 from nestlearn.train.callbacks import read_metrics
 from nestlearn.train.recipe import Recipe, dump
 from nestlearn.train.run import train
+from nestlearn.train.sharding import shard
 
 COMMAND = ["-c", "from nestlearn.cli import main; main()", "train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
@@ -51,6 +53,12 @@ def test_two_processes_train_what_one_does(online: str | None, hope_recipe: Reci
     assert_same(beside, alone)
     assert_same(beside / "baseline", alone / "baseline")
     assert {path.name for path in beside.iterdir()} == {path.name for path in alone.iterdir()}
+
+
+def test_a_model_that_learns_along_the_sequence_is_not_sharded() -> None:
+    model = HopeForCausalLM(HopeConfig(hidden_size=16, num_hidden_layers=2, cms_chunk_sizes=[4], cms_online="local"))
+    with pytest.raises(UserError, match=r"model\.layers\.0\.memory learns along the sequence \(cms_online\)"):
+        shard(model)
 
 
 def test_a_sharded_run_that_is_interrupted_goes_on_in_one_process_or_two(hope_recipe: Recipe, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nestlearn.convert.blocks import AdaptiveMLP, Piece, Scope, Using, Weights
 from nestlearn.convert.config import Level, LevelsConfig
@@ -144,7 +145,7 @@ def _split(mlps: Sequence[FoundMLP], chosen: Sequence[int], config: LevelsConfig
 
 class ContinualModel(nn.Module):
     """A language model whose levels can learn. Made by `convert`; what is not here is the base model's (``generate``,
-    ``config``, ``device``, ...).
+    ``config``, ``device``, ...). The Trainer of transformers trains adapters in it, and what else asks for a gradient.
 
     Attributes:
         base: the Hugging Face model, frozen, with the MLPs of the chosen layers replaced in place.
@@ -183,9 +184,31 @@ class ContinualModel(nn.Module):
                 raise
             return getattr(self.base, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's, with the learned weights."""
-        return self.base(*args, **kwargs)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's, with the learned weights. Transformers' Trainer keeps of a data set what is named here.
+
+        Raises `UserError` in a training step of the Trainer that can train nothing.
+        """
+        named = dict(
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, labels=labels
+        )
+        outputs = self.base(input_ids, *args, **{k: v for k, v in named.items() if v is not None}, **kwargs)
+        training = self.training and torch.is_grad_enabled() and kwargs.get("num_items_in_batch") is not None
+        if training and not outputs[0].requires_grad:  # the Trainer alone counts the items of a batch
+            raise UserError(
+                "nothing here can be trained, as a converted model is frozen and what it learns lies outside of its "
+                "parameters: read the text with a ContinualLearner, train adapters beside the levels, or unload() it"
+            )
+        return outputs
 
     @property
     def weights(self) -> Weights:
@@ -371,6 +394,10 @@ class ContinualModel(nn.Module):
         if _checkpointing(self.base):
             _enable_checkpointing(self.base, {"use_reentrant": False})
         return self.base
+
+
+# By this table the Trainer knows whose labels it has to shift where it takes the loss itself (label smoothing).
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["continual"] = ContinualModel.__name__
 
 
 def _checkpointing(model: nn.Module) -> bool:

@@ -122,7 +122,7 @@ class MemoryMixer(nn.Module):
                 y, core = write_token(inputs, start, self.rule, before)
             else:
                 y, core = self_modify(inputs, start, self.rule, before, lengths, self.told)
-            y = F.rms_norm(y, (self.width,), self.norm.weight.to(dtype), self.norm.eps)
+            y = normed(self.norm, y)
         y = y.transpose(1, 2).flatten(-2).to(u.dtype)
         if self.gate is not None:
             y = y * torch.sigmoid(self.gate(u))
@@ -157,6 +157,16 @@ def step_sizes(model: nn.Module) -> Iterator[list[Float[Tensor, "B H T"]]]:
 def wide(t: Tensor) -> Tensor:
     """``t`` in float32, or wider if it is."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` in the precision of ``x``, which is float32 or wider, whatever that of an RMS norm's weight.
+
+    What PEFT has put in a norm's place is called: its ``weight`` is that of the norm before tuning.
+    """
+    if type(norm) is not nn.RMSNorm:
+        return norm(x)
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)  # pyrefly: ignore
 
 
 def lifetime_bias(retained: tuple[float, float], heads: int) -> Tensor:

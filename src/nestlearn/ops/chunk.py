@@ -92,7 +92,7 @@ def self_modify(
         raise UserError(f"NESTLEARN_OPS={name} does not tell the step sizes: take 'torch'")
     if name == "reference":
         return by_reference(inputs, start, rule, kernel, state, lengths)
-    batch, learned = inputs["q"].shape[0], kernel.pack()
+    batch, learned, begins = inputs["q"].shape[0], kernel.pack(), state is None
     if state is None:
         state = _begin(kernel, learned, rule, batch)
     else:
@@ -101,7 +101,7 @@ def self_modify(
         from nestlearn.ops.triton.sequence import by_kernels  # here, as Triton is not installed everywhere
 
         return by_kernels(inputs, kernel, learned, state, lengths, by_chunks)
-    return by_chunks(inputs, kernel, learned, state, lengths, steps)
+    return by_chunks(inputs, kernel, learned, state, lengths, steps, begins)
 
 
 def by_chunks(
@@ -111,8 +111,10 @@ def by_chunks(
     state: CoreState,
     lengths: Tensor | None,
     steps: list[Tensor] | None = None,
+    begins: bool = False,
 ) -> tuple[Tensor, CoreState]:
-    """:func:`self_modify` in PyTorch, from a state; ``learned`` is the start as the kernel packs it."""
+    """:func:`self_modify` in PyTorch, from a state; ``learned`` is the start as the kernel packs it, and ``begins``
+    that no row has seen a token, so that the clock need not be read, which torch.export could not."""
     start, rule = kernel.start, kernel.rule
     x = inputs["q"]
     batch, _, tokens, _ = x.shape
@@ -122,7 +124,8 @@ def by_chunks(
     counts = None if lengths is None else torch.arange(tokens, device=x.device) < lengths[:, None].to(x.device)
 
     outputs, queries, etas = [], [], []
-    segments = list(_segments(state.clock, lengths, tokens, rule))
+    clocks = [0] * (1 if lengths is None else batch) if begins else state.clock.tolist()
+    segments = list(_segments(clocks, lengths, tokens, rule))
     inputs = dict(inputs)
     for name in ("q", "k"):
         if name not in start.weights:  # a projection that no memory makes: normalised at once
@@ -195,10 +198,9 @@ def _choose(refresh: Refresh, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) 
 
 
 def _segments(
-    clock: Tensor, lengths: Tensor | None, tokens: int, rule: WriteRule
+    clocks: list[int], lengths: Tensor | None, tokens: int, rule: WriteRule
 ) -> Iterator[tuple[int, int, Refresh, Refresh]]:
     """Segments [i, j) of a piece and whose anchors move at i: the projection memories', the main memory's."""
-    clocks = clock.tolist()
     if lengths is None and len(set(clocks)) <= 1:
         now, end = (clocks[0] if clocks else 0), (clocks[0] if clocks else 0) + tokens
         first = now

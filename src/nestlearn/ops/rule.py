@@ -199,8 +199,9 @@ def transformed() -> bool:
 
 
 def may_look(t: Tensor) -> bool:
-    """Whether what is done may depend on a value: on an accelerator to look is to wait, and vmap does not allow it."""
-    return t.device.type == "cpu" and not transformed()
+    """Whether what is done may depend on a value: on an accelerator to look is to wait, and vmap and torch.export do
+    not allow it."""
+    return t.device.type == "cpu" and not transformed() and not torch.compiler.is_exporting()
 
 
 def exceeds(blocks: Iterable[Tensor], norm_limit: float | Tensor) -> bool:

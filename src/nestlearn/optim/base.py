@@ -268,11 +268,15 @@ def by_step(memories: list[State]) -> Iterator[tuple[int, list[int]]]:
     yield from positions.items()
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number or a tensor of one."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
 def check_range(optimizer: object, name: str, value: Any, low: float, high: float | None = None) -> None:
     """Raise `UserError` unless ``value`` is a number (or a tensor of one) and ``low <= value <= high``; it must be
     finite without ``high``."""
-    number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-    if not number or not low <= float(value) <= (sys.float_info.max if high is None else high):
+    if not is_number(value) or not low <= float(value) <= (sys.float_info.max if high is None else high):
         if high is None:
             allowed = f"{low:g} or more, and finite"
         else:

@@ -78,6 +78,8 @@ def m3(w: Tensor, g: Tensor, slots: Slots, lr: Tensor) -> tuple[Tensor, Slots]:
 STEPS: dict[str, Step] = {"sgd": sgd, "dgd": sgd, "delta-momentum": delta_momentum, "m3": m3}
 """By the name of the rule. Delta gradient descent (Eq. 57) is the SGD step on the error to which the weight's own
 output has been added: ``W (I - lr k k^T) - lr e k^T = W - lr (e + W k) k^T``; who makes the errors adds it."""
+SLOTS = {"sgd": 0, "dgd": 0, "delta-momentum": 1, "m3": 6}
+"""How many slots a weight has after its first step."""
 
 
 def get(name: str) -> Step:

@@ -35,8 +35,10 @@ class LevelwiseOptimizer(Optimizer):
             so that an update has the size of an ordinary one under SGD (Adam sees no difference but for its eps).
             Both keep one gradient per slow parameter between updates. "last": the gradient of the C-th step alone; in
             between the parameters ask for no gradient, so a level that rests costs no backward pass through its weights
-            either. ``requires_grad`` is then false until the step before the update; `flush` gives it back. Not for
-            wrappers that fix the set of gradients, as DistributedDataParallel does.
+            either. ``requires_grad`` is then false until the step before the update; `flush` gives it back, so call it
+            before you freeze a parameter yourself. Where everything would rest, the fastest level goes on asking, as a
+            loss without any gradient has no backward pass; what it gets is dropped. Not for wrappers that fix the set
+            of gradients, as DistributedDataParallel does.
 
     Raises:
         UserError: an unknown error, a period that is not a positive integer, or of a parameter of no group; an inner
@@ -63,6 +65,11 @@ class LevelwiseOptimizer(Optimizer):
             raise UserError(
                 f"a LevelwiseOptimizer steps another optimizer and got a {type(optimizer).__name__}: give one of "
                 "torch.optim or nestlearn.optim, with all periods at once"
+            )
+        if not isinstance(periods, Mapping):
+            raise UserError(
+                f"a LevelwiseOptimizer got periods as {type(periods).__name__}: give one by parameter, as "
+                'periods_of(model, {"layers.0": 8}) makes them'
             )
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for p, period in periods.items():
@@ -247,8 +254,11 @@ class LevelwiseOptimizer(Optimizer):
         if self.error != "last":
             return
         self._wake()
+        asking = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        fastest = min((self.periods.get(p, 1) for p in asking), default=1)
+        some = any(self.due(p) for p in asking)
         for p in self.periods:
-            if not self.due(p) and p.requires_grad:
+            if not self.due(p) and p.requires_grad and (some or self.periods[p] > fastest):
                 p.requires_grad_(False)
                 p.__dict__[RESTS] = True
                 self._resting.append(p)
@@ -301,6 +311,11 @@ def periods_of(model: nn.Module, periods: Mapping[str, int]) -> dict[nn.Paramete
     >>> sorted(periods.values())
     [8, 8]
     """
+    if not isinstance(periods, Mapping) or not all(isinstance(name, str) for name in periods):
+        raise UserError(
+            f"periods_of got a {type(periods).__name__} that is no mapping of names: give steps by the name of a "
+            'module, as {"layers.0": 8}'
+        )
     found: dict[nn.Parameter, int] = {}
     source: dict[nn.Parameter, str] = {}
     modules = [name for name, _ in model.named_modules() if name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.errors import UserError, nearest
-from nestlearn.optim.base import State, by_step, check_all, sweep, zeros
+from nestlearn.optim.base import State, by_step, check_all, is_number, sweep, zeros
 from nestlearn.optim.matrices import MatrixOptimizer, adjustment, orthogonalize
 
 MODES = ("ema", "paper")
@@ -84,9 +84,10 @@ class M3(MatrixOptimizer):
             self, group, [("alpha", 0.0, math.inf), *([("eps", 0.0, math.inf)] if group["eps"] is not None else [])]
         )
         betas, chunk_size = group["betas"], group["chunk_size"]
-        if not isinstance(betas, tuple | list) or len(betas) != 3 or not all(0.0 <= beta <= 1.0 for beta in betas):
+        three = isinstance(betas, tuple | list) and len(betas) == 3
+        if not three or not all(is_number(beta) and 0.0 <= beta <= 1.0 for beta in betas):
             raise UserError(
-                f"M3 got betas={betas}: give three fractions, of fast momentum, second moment, slow momentum"
+                f"M3 got betas={betas!r}: give three fractions, of fast momentum, second moment, slow momentum"
             )
         if type(chunk_size) is not int or chunk_size < 1:
             raise UserError(f"M3 got chunk_size={chunk_size!r}: it must be a whole number of steps, 1 or more")

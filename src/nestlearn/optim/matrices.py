@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.errors import UserError, nearest
-from nestlearn.optim.base import MemoryOptimizer, State, as_matrix, by_step, check_all, sweep, zeros
+from nestlearn.optim.base import MemoryOptimizer, State, as_matrix, by_step, check_all, is_number, sweep, zeros
 from nestlearn.optim.orthogonal import descend_to_orthogonal, newton_schulz
 
 ORTHOGONALIZATIONS = {"newton-schulz": 5, "learned": 15}  # and the usual number of steps
@@ -23,12 +23,14 @@ def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     Hidden matrices (two-dimensional weights, and convolutions of one group) are orthogonalised. Embeddings, the output
     head (``model.get_output_embeddings()``), grouped convolutions and stacks of matrices go to AdamW; so do vectors,
-    without weight decay. Frozen parameters are left out.
+    without weight decay. Frozen parameters are left out. Raises `UserError` for what is no module.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
     >>> [(group.get("adam", False), [name for name, _ in group["params"]]) for group in matrix_groups(model)]
     [(False, ['1.weight']), (True, ['0.weight']), (True, ['1.bias'])]
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"matrix_groups got a {type(model).__name__}: give it the model, whose modules it looks at")
     ends = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     of_head = getattr(model, "get_output_embeddings", None)  # of Hugging Face models
     head = of_head() if callable(of_head) else None
@@ -79,9 +81,10 @@ class MatrixOptimizer(MemoryOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         check_all(self, group, [("adam_lr", 0.0, math.inf), ("adam_eps", 0.0, 1.0)])
-        for beta in group["adam_betas"]:
-            if not 0.0 <= beta < 1.0:
-                raise UserError(f"{type(self).__name__} got adam_betas={group['adam_betas']}: each must be in [0, 1)")
+        betas = group["adam_betas"]
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        if not pair or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
+            raise UserError(f"{type(self).__name__} got adam_betas={betas!r}: give two fractions, each in [0, 1)")
         if group["orthogonalization"] not in ORTHOGONALIZATIONS:
             name = str(group["orthogonalization"])
             raise UserError(f"unknown orthogonalization {name!r}: {nearest(name, ORTHOGONALIZATIONS)}")

@@ -82,7 +82,7 @@ class TrainRecipe:
     ``eval_tokens`` and ``final_eval_tokens``: how much of the validation set, at most, an evaluation during
     training and the one after it read. ``precision``: ``"auto"`` is bf16 on a GPU that has it and fp32 elsewhere.
     ``sharded``: whether each of several processes holds a part of the weights, of their gradients and of the
-    optimizer's memory (FSDP2) instead of all (DDP); not for deep-momentum.
+    optimizer's memory (FSDP2) instead of all (DDP); not for deep-momentum, nor for cms_online.
     """
 
     tokens: int = _number(1_000_000, 1)

@@ -15,12 +15,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from nestlearn.errors import UserError
+from nestlearn.nn import ContinuumMemory
 from nestlearn.optim.base import is_sharded
 from nestlearn.train.processes import join
 
 
 def shard(model: PreTrainedModel) -> None:
-    """Leave each process its part of every weight. A block's weights are whole while it computes, and no longer."""
+    """Leave each process its part of every weight. A block's weights are whole while it computes, and no longer.
+
+    Raises `UserError` for a model with levels that learn along the sequence: the rate of each is a single number, which
+    FSDP2 does not cut. A vector of one would not load from a checkpoint of before.
+    """
+    online = [name for name, module in model.named_modules() if isinstance(module, ContinuumMemory) and module.online]
+    if online:
+        raise UserError(
+            f"{online[0]} learns along the sequence (cms_online), which a sharded model does not: leave train.sharded "
+            "out, or cms_online"
+        )
     here = join()
     assert here.device is not None
     mesh = init_device_mesh(here.device.type, (here.num_processes,))

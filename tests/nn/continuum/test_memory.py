@@ -126,6 +126,30 @@ def test_static_levels_refuse_a_state_and_every_memory_a_wrong_input() -> None:
         make([4], online="local", hidden=18)(x, state)
 
 
+def test_a_state_of_another_variant_rule_or_kind_of_learning_is_refused() -> None:
+    x = torch.randn(2, 9, 6)
+    kinds: list[dict[str, object]] = [
+        {"update": LevelUpdate("sgd")},
+        {"update": LevelUpdate("m3")},
+        {"update": LevelUpdate("delta-momentum")},
+        {"variant": "nested"},
+        {"variant": "nested", "update": [LevelUpdate("sgd"), LevelUpdate("m3")]},
+        {"online": "next-token"},
+    ]
+    memories = [make([2, 4], **{"online": "local", **options}) for options in kinds]
+    with torch.no_grad():
+        states = [memory(x)[1] for memory in memories]
+        for state, made in zip(states, memories, strict=True):
+            for memory in memories:
+                if memory is made:
+                    memory(x, state)
+                    continue
+                with pytest.raises(
+                    UserError, match=f"level [01] of the state was not made with variant='{memory.variant}'"
+                ):
+                    memory(x, state)
+
+
 @pytest.mark.parametrize("online", [None, "local", "next-token"])
 def test_a_memory_and_its_state_can_be_copied_and_pickled(online: str | None) -> None:
     memory = make([2, 4], variant="nested", online=online)

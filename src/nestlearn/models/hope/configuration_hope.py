@@ -56,7 +56,8 @@ class HopeConfig(PreTrainedConfig):
         num_hidden_layers: blocks.
         num_attention_heads: heads of every token mixer, attention or Titans.
         intermediate_size: hidden width of a block's MLPs, in channels, all levels of the continuum memory together.
-        block_types: one of ``BLOCK_TYPES`` for each block; None makes all of them "hope".
+        block_types: one of ``BLOCK_TYPES`` for each block; None makes all of them "hope". If ``num_hidden_layers`` is
+            lowered afterwards, a model is made of the first ones and the others are forgotten.
             "hope" mixes tokens by self-referential Titans, "hope-attention" by softmax attention behind the same
             short convolution, "sliding-window" by attention over a window behind it, and a name of
             :data:`nestlearn.nn.DESIGNS`, such as "gated-deltanet", by that :class:`nestlearn.nn.MemoryLayer`; all
@@ -166,11 +167,7 @@ class HopeConfig(PreTrainedConfig):
         for name in self.block_types:
             if name not in BLOCK_TYPES:
                 raise UserError(f"unknown block type {name!r}: {nearest(name, BLOCK_TYPES)}")
-        if len(self.block_types) != self.num_hidden_layers:
-            raise UserError(
-                f"block_types names {len(self.block_types)} blocks, but num_hidden_layers="
-                f"{self.num_hidden_layers}: give one type per block"
-            )
+        self.validate_layer_type()
         # A configuration is of use only with its models; importing them makes the auto classes know them.
         import_module("nestlearn.models.hope.modeling_hope")
         super().__post_init__(**kwargs)
@@ -201,7 +198,13 @@ class HopeConfig(PreTrainedConfig):
         return [CACHE_LAYER_TYPE] * self.num_hidden_layers
 
     def validate_layer_type(self) -> None:
-        """Replaces transformers' check of ``layer_types`` against its own list."""
+        """One block type per block, also when transformers writes the configuration. It replaces transformers' check of
+        ``layer_types`` against its own list."""
+        if self.block_types is not None and len(self.block_types) != self.num_hidden_layers:
+            raise UserError(
+                f"block_types names {len(self.block_types)} blocks, but num_hidden_layers="
+                f"{self.num_hidden_layers}: give one type per block"
+            )
 
 
 AutoConfig.register("hope", HopeConfig)

@@ -67,6 +67,9 @@ class HopeModel(HopePreTrainedModel):
 
     def __init__(self, config: HopeConfig) -> None:
         super().__init__(config)
+        if config.block_types is not None:  # who lowers num_hidden_layers by hand gets the first blocks, as of a Llama
+            config.block_types = config.block_types[: config.num_hidden_layers]
+        config.validate_layer_type()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(HopeBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -164,6 +167,9 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
     """Hope with a language modelling head; ``block_types`` chooses Hope, Hope-Attention or Transformer++ blocks.
 
     ``generate()`` carries a state whose size does not grow with the text in "hope" blocks.
+
+    PEFT's LoRA is for linear layers: name them so that no memory of the same name is meant, as "project.k" and
+    "project.v" (a "k" alone is also the start of a memory, which PEFT refuses). LN tuning is for "norm".
 
     >>> model = HopeForCausalLM(HopeConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1))
     >>> model(torch.tensor([[1, 2, 3]])).logits.shape

@@ -20,6 +20,7 @@ from nestlearn.memory.objectives import Objective
 from nestlearn.memory.structures import Factors, Weights
 from nestlearn.nn.continuum.state import LevelState, choose
 from nestlearn.nn.continuum.update import LevelUpdate
+from nestlearn.nn.mixer import normed
 
 
 class ContinuumLevel(nn.Module):
@@ -96,12 +97,20 @@ class ContinuumLevel(nn.Module):
 
     def _normed(self, h_BTD: Tensor) -> Tensor:
         """What the weights read, in float32 or wider."""
-        return F.rms_norm(h_BTD, self.norm.normalized_shape, _wide(self.norm.weight), self.norm.eps)
+        return normed(self.norm, h_BTD)
 
     def begin(self, nested: bool) -> LevelState:
         """The state before the first token; ``nested``: a slower level holds this level's start."""
         weights = tuple(_wide(w) for w in self.weights)
         return LevelState(weights, start=weights if nested else ())
+
+    def continues(self, state: LevelState, parent: ContinuumLevel | None, begun: bool) -> bool:
+        """Whether the state may be this level's, by what it remembers; ``begun``: of tokens."""
+        assert self.update is not None
+        if parent is not None and parent.update is not None and not parent.update.fits(state.start_slots):
+            return False
+        objective = not begun or (state.last is None) == (self.value is None)
+        return self.update.fits(state.slots) and bool(state.start) == (parent is not None) and objective
 
     def read(self, h_BTD: Float[Tensor, "B T D"], state: LevelState) -> tuple[Tensor, Weights]:
         """The output with the state's weights, and, for DGD, ``W sum_t k_t k_t^T`` of each weight (else ())."""

@@ -232,3 +232,10 @@ class ContinuumMemory(nn.Module):
         given = [[tuple(w.shape[-2:]) for w in level.weights] for level in state.levels]
         if expected != given:
             raise UserError(f"the state holds levels of shapes {given}, the memory {expected}: use a state of this one")
+        begun = bool(state.clock.any())
+        for i, (level, at) in enumerate(zip(self.levels, state.levels, strict=True)):
+            if not level.continues(at, self._parent(i), begun):
+                raise UserError(
+                    f"level {i} of the state was not made with variant={self.variant!r}, online={self.online!r} and "
+                    "the rules of this memory: use a state of this one"
+                )

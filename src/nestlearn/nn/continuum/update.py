@@ -60,6 +60,10 @@ class LevelUpdate:
         """Whether the error holds the weight's own output beside the derivative of the objective."""
         return self.rule == "dgd"
 
+    def fits(self, slots: Slots) -> bool:
+        """Whether this rule may have made them; before the first update there are none."""
+        return all(len(own) == functional.SLOTS[self.rule] for own in slots)
+
     def step(
         self, weights: Weights, error: Weights, slots: Slots, lr: Tensor, start: Weights, tokens: int
     ) -> tuple[Weights, Slots]:
