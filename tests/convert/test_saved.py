@@ -121,7 +121,12 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
         ([str(base), "--out", str(tmp_path / "x"), "--lr", "1,2"], "--lr has 2 numbers for 3 levels"),
         ([str(base), "--out", str(tmp_path / "x"), "--rule", "sgd"], "--rule sgd has no default rate: give --lr"),
         ([str(base), "--out", str(tmp_path / "x"), "--budget", "a"], "--budget 'a': give numbers"),
-        ([str(base), "--out", str(tmp_path / "x"), "--retention", "2"], "retention=2.0 of a level: give a share"),
+        ([str(base), "--out", str(tmp_path / "x"), "--retention", "2"], "--retention 2.0 of a level: give a share"),
+        ([str(base), "--out", str(tmp_path / "x"), "--budget", "0"], "--budget 0.0 of a level: give the largest"),
+        ([str(base), "--out", str(tmp_path / "x"), "--periods", "0"], "--periods 0 of a level: give a whole number"),
+        ([str(base), "--out", str(tmp_path / "x"), "--periods", "8,4"], "8,4 of the levels are not ordered"),
+        ([str(base), "--out", str(tmp_path / "x"), "--layers", "0,0"], "--layers 0,0: an index stands there twice"),
+        ([str(base), "--out", str(tmp_path / "x"), "--layers", "0"], "fewer levels, more layers or --kind split"),
         ([str(base), "--out", str(tmp_path / "x"), "--periods", "4,b"], "--periods '4,b': give whole numbers"),
         ([str(base), "--out", str(tmp_path / "x"), "--layers", "early"], "--layers 'early'"),
         ([str(tmp_path / "y"), "--out", str(tmp_path / "x")], "no model folder"),
@@ -130,6 +135,7 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
         failed = run.invoke(app, ["convert", *arguments])
         assert isinstance(failed.exception, UserError)
         assert says in str(failed.exception)
+        assert "None" not in str(failed.exception)
         assert not (tmp_path / "x").exists()
 
 

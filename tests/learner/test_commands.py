@@ -147,7 +147,8 @@ def test_a_probe_stops_learning(run: Run, place: Path) -> None:
         (["model", "--store", "memory", "a.txt", "--name", "head"], "'head' always means the newest snapshot"),
         (["model", "--store", "memory", "a.txt", "--branch", "other"], "no branch 'other'"),
         (["model", "--store", "memory", "a.txt", "--probe", "c.txt"], "cannot read c.txt"),
-        (["model", "--store", "memory", "a.txt", "--autosave", "0"], "autosave=0"),
+        (["model", "--store", "memory", "a.txt", "--autosave", "0"], "error: --autosave 0: give the tokens"),
+        (["model", "--store", "memory", "a.txt", "--context", "-1"], "error: --context -1: it must be 0 or more"),
         (["model", "--store", "memory", "a.txt", "--limit", "2"], "--limit 2 is that of a probe"),
         (["model", "--store", "memory", "base"], "base is a folder"),
     ],
@@ -240,7 +241,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 def test_a_chat_refuses_what_no_answer_can_be_made_with(run: Run) -> None:
     code, out, err = run("chat", "model", "--store", "memory", "--temperature", "-1", stdin="hi")
     assert (code, out) == (2, "")
-    assert err == "error: temperature -1.0: give 0 (the most likely token) or more\n"
+    assert err == "error: --temperature -1.0: give 0 (the most likely token) or more\n"
 
 
 def test_a_new_store_has_no_snapshot(run: Run) -> None:

@@ -101,14 +101,17 @@ def read_base(entry: dict[str, Any], given: PreTrainedModel | str | Path | None)
     if isinstance(given, PreTrainedModel):
         model = given
     elif given is None and not entry.get("path"):
-        raise UserError("the converted model does not say where its base lies: give base=, a folder or the model")
+        raise UserError(
+            "the converted model does not say where its base lies: convert a saved base, or in Python give it as base="
+        )
     else:
         model = load_base(str(entry["path"]) if given is None else given, str(entry.get("dtype")))
     found = base_hash(model)
     if found != entry.get("sha256"):
         raise UserError(
             f"the base model {model.config.name_or_path or type(model).__name__!r} has the hash {found[:12]} and the "
-            f"learned weights belong to {str(entry.get('sha256'))[:12]}: give the model that was converted, as base="
+            f"learned weights belong to {str(entry.get('sha256'))[:12]}: give the model that was converted "
+            "(restore it, or in Python base=)"
         )
     return model
 
