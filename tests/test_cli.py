@@ -287,6 +287,17 @@ def test_eval_suite(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     assert result["tasks"]["formal"]["Parity"]["hope, chunk 4"]["state"] == "finished"
 
 
+@pytest.mark.parametrize("command", ["eval", "generate", "levels"])
+def test_help_says_which_models(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = run(capsys, monkeypatch, command, "--help")
+    assert "A run folder, a folder of save_pretrained or of nestlearn convert" in " ".join(
+        out.replace("│", " ").split()
+    )
+
+
 @pytest.mark.parametrize("command", ["bench optim", "eval --suite core"])
 @pytest.mark.parametrize("message", ["interrupted: 1 of 2 cells are kept", ""])
 def test_ctrl_c_in_a_suite_is_130(
