@@ -6,11 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nestlearn import cli
+from nestlearn.tasks.plan import Plan
 from nestlearn.train.recipe import BaselineRecipe, DataRecipe, ModelRecipe, Recipe, TrainRecipe, dump, load_recipe
 
 
@@ -285,6 +289,49 @@ def test_eval_suite(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     result = json.loads(as_json)
     assert (code, err, as_json.count("\n")) == (0, "", 1)
     assert result["tasks"]["formal"]["Parity"]["hope, chunk 4"]["state"] == "finished"
+
+
+def test_eval_suite_says_what_was_not_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from nestlearn.tasks.core import forgetting, formal
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NESTLEARN_DATA", raising=False)
+    monkeypatch.setattr(formal, "ROWS", {"lstm": ("lstm", {})})
+    words = ["eval", "--suite", "core", "--scale", "smoke", "--workers", "1", "--only"]
+    count = len(forgetting.ROWS)
+    line = f"forgetting: {count} of {count} rows not run (no data: give --data DIR with wikitext2/)\n"
+    for more in ([], ["--json"]):
+        code, out, err = run(capsys, monkeypatch, *words, "forgetting", *more)
+        assert (code, out, err) == (2, "", f"error: nothing could be run: {line}")
+    code, out, err = run(capsys, monkeypatch, *words, "formal,forgetting")
+    assert code == 0
+    assert out.startswith("report: ")
+    assert err.endswith(line)
+    monkeypatch.setattr(formal, "plan", _without_data(formal.plan))
+    code, out, err = run(capsys, monkeypatch, *words, "formal")  # what is kept counts, and the report is made of it
+    assert (code, err) == (0, "")
+    assert out.startswith("report: ")
+
+
+def _without_data(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    def lacking(*args: Any) -> Plan:
+        whole = plan(*args)
+        return replace(whole, rows=[replace(row, reason="no data") for row in whole.rows])
+
+    return lacking
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "levels"])
+def test_help_says_which_models(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = run(capsys, monkeypatch, command, "--help")
+    assert "A run folder, a folder of save_pretrained or of nestlearn convert" in " ".join(
+        out.replace("│", " ").split()
+    )
 
 
 @pytest.mark.parametrize("command", ["bench optim", "eval --suite core"])

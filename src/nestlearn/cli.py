@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from nestlearn.app import App
 from nestlearn.convert import commands as conversion
 from nestlearn.errors import UserError
 from nestlearn.learner import commands as learning
@@ -21,7 +22,7 @@ from nestlearn.train import commands as training
 # Typer re-exports this subclass of its UsageError, whose module has moved between versions.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
-app = typer.Typer(
+app = App(
     name="nestlearn",
     help="Train and use models that keep learning.",
     no_args_is_help=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -38,9 +39,33 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         make_readable(beside)
         sync_file(beside)
         os.replace(beside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not say of what
+        raise
     finally:
         beside.unlink(missing_ok=True)
     sync_file(path.parent)
+
+
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """After an error inside, ``folder`` and those above it are gone again if they were not there before and are empty.
+
+    >>> import tempfile; top = Path(tempfile.mkdtemp())
+    >>> with contextlib.suppress(KeyError), no_empty_folders(top / "a" / "b"):
+    ...     (top / "a" / "b").mkdir(parents=True)
+    ...     raise KeyError
+    >>> list(top.iterdir())
+    []
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
 
 
 @contextmanager

@@ -225,9 +225,9 @@ def test_the_command_keeps_a_file(tmp_path: Path) -> None:
         (["--keep", str(tmp_path / "empty.txt")], "is empty"),
         (["--keep", str(tmp_path / "none.txt")], "cannot read"),
         (["--keep-strength", "3"], "give --keep FILE"),
-        (["--consolidation", "-1"], "consolidation=-1"),
+        (["--consolidation", "-1"], "--consolidation -1"),
         (["--consolidation", "0.1,0.2"], "2 numbers for 3 levels"),
-        (["--keep", str(tmp_path / "text.txt"), "--keep-strength", "-1"], "strength=-1"),
+        (["--keep", str(tmp_path / "text.txt"), "--keep-strength", "-1"], "--keep-strength -1"),
     ):
         failed = run.invoke(app, ["convert", base, "--out", str(tmp_path / "x"), *arguments])
         assert isinstance(failed.exception, UserError)

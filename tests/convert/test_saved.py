@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nestlearn.cli import app
-from nestlearn.convert import ContinualModel, Level, LevelsConfig, base_hash, convert
+from nestlearn.convert import ContinualModel, Level, LevelsConfig, base_hash, convert, saved
 from nestlearn.convert.saved import load_base
 from nestlearn.data.tokenizers import load_tokenizer
 from nestlearn.errors import UserError
+from nestlearn.files import write_atomic
 from nestlearn.train.loading import load_model
 from tests.convert.models import make, tokens
 
@@ -121,7 +125,12 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
         ([str(base), "--out", str(tmp_path / "x"), "--lr", "1,2"], "--lr has 2 numbers for 3 levels"),
         ([str(base), "--out", str(tmp_path / "x"), "--rule", "sgd"], "--rule sgd has no default rate: give --lr"),
         ([str(base), "--out", str(tmp_path / "x"), "--budget", "a"], "--budget 'a': give numbers"),
-        ([str(base), "--out", str(tmp_path / "x"), "--retention", "2"], "retention=2.0 of a level: give a share"),
+        ([str(base), "--out", str(tmp_path / "x"), "--retention", "2"], "--retention 2.0 of a level: give a share"),
+        ([str(base), "--out", str(tmp_path / "x"), "--budget", "0"], "--budget 0.0 of a level: give the largest"),
+        ([str(base), "--out", str(tmp_path / "x"), "--periods", "0"], "--periods 0 of a level: give a whole number"),
+        ([str(base), "--out", str(tmp_path / "x"), "--periods", "8,4"], "8,4 of the levels are not ordered"),
+        ([str(base), "--out", str(tmp_path / "x"), "--layers", "0,0"], "--layers 0,0: an index stands there twice"),
+        ([str(base), "--out", str(tmp_path / "x"), "--layers", "0"], "fewer levels, more layers or --kind split"),
         ([str(base), "--out", str(tmp_path / "x"), "--periods", "4,b"], "--periods '4,b': give whole numbers"),
         ([str(base), "--out", str(tmp_path / "x"), "--layers", "early"], "--layers 'early'"),
         ([str(tmp_path / "y"), "--out", str(tmp_path / "x")], "no model folder"),
@@ -130,6 +139,7 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
         failed = run.invoke(app, ["convert", *arguments])
         assert isinstance(failed.exception, UserError)
         assert says in str(failed.exception)
+        assert "None" not in str(failed.exception)
         assert not (tmp_path / "x").exists()
 
 
@@ -149,3 +159,30 @@ def test_a_converted_folder_is_a_model_for_every_command(base: Path, tmp_path: P
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     done = CliRunner().invoke(app, ["generate", str(tmp_path / "wide"), "--prompt", "ab", "--seed", "0", "--json"])
     assert json.loads(done.stdout)["text"]
+    (tmp_path / "text.txt").write_text("some words to read")
+    done = CliRunner().invoke(app, ["eval", str(tmp_path / "wide"), "--data", str(tmp_path / "text.txt"), "--json"])
+    assert json.loads(done.stdout)["tokens"] == len("some words to read")
+    done = CliRunner().invoke(app, ["levels", str(tmp_path / "wide"), "--json"])
+    assert json.loads(done.stdout)["model"] == "ContinualModel"
+
+
+@pytest.mark.parametrize("file", ["learned.safetensors", "kept.safetensors", "levels.json"])
+def test_a_full_disk_leaves_nothing_where_nothing_was(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    def full(path: Path, write: Callable[[Path], object]) -> None:
+        write_atomic(path, write)
+        if path.name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    wide = make()
+    wide.resize_token_embeddings(len(load_tokenizer("bytes")))
+    wide.save_pretrained(base)
+    load_tokenizer("bytes").save_pretrained(base)
+    (tmp_path / "keep.txt").write_text("ab" * 50)
+    monkeypatch.setattr(saved, "write_atomic", full)
+    monkeypatch.setattr(saved, "write_json", lambda path, value: full(path, lambda p: p.write_text("{}")))
+    words = ["convert", str(base), "--out", str(tmp_path / "new" / "learner"), "--keep", str(tmp_path / "keep.txt")]
+    failed = CliRunner().invoke(app, words)
+    assert isinstance(failed.exception, OSError)
+    assert not (tmp_path / "new").exists()

@@ -147,16 +147,51 @@ def test_a_probe_stops_learning(run: Run, place: Path) -> None:
         (["model", "--store", "memory", "a.txt", "--name", "head"], "'head' always means the newest snapshot"),
         (["model", "--store", "memory", "a.txt", "--branch", "other"], "no branch 'other'"),
         (["model", "--store", "memory", "a.txt", "--probe", "c.txt"], "cannot read c.txt"),
-        (["model", "--store", "memory", "a.txt", "--autosave", "0"], "autosave=0"),
+        (["model", "--store", "memory", "a.txt", "--autosave", "0"], "error: --autosave 0: give the tokens"),
+        (["model", "--store", "memory", "a.txt", "--context", "-1"], "error: --context -1: it must be 0 or more"),
         (["model", "--store", "memory", "a.txt", "--limit", "2"], "--limit 2 is that of a probe"),
         (["model", "--store", "memory", "base"], "base is a folder"),
     ],
 )
-def test_a_mistake_is_one_line(run: Run, words: list[str], message: str) -> None:
+def test_a_mistake_is_one_line(run: Run, place: Path, words: list[str], message: str) -> None:
     code, out, err = run("learn", *words)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+    assert not (place / "memory").exists()
+
+
+def test_what_is_refused_leaves_no_new_store(run: Run, place: Path) -> None:
+    (place / "bad.txt").write_bytes(b"some words " * 9 + b"\xff")
+    (place / "empty").mkdir()
+    before = sorted(place.rglob("*"))
+    for given in (
+        ["learn", "model", "--store", "memory", "bad.txt"],
+        ["learn", "model", "--store", "new/memory", "bad.txt"],
+        ["learn", "model", "--store", "empty", "bad.txt"],
+        ["learn", "model", "--store", "memory", "-"],
+        ["chat", "model", "--store", "memory", "--top-p", "2"],
+        ["chat", "model", "--store", "memory", "--branch", "other"],
+    ):
+        assert run(*given)[0] == 2
+        assert sorted(place.rglob("*")) == before
+    assert run("learn", "model", "--store", "empty", "a.txt", "--dry-run")[0] == 0
+    assert sorted(place.rglob("*")) == before
+    assert run("learn", "model", "--store", "memory", "a.txt", "bad.txt")[0] == 2  # after one that was learned
+    assert len(Store(place / "memory").log()) == 1
+
+
+def test_what_is_refused_leaves_what_was_there(run: Run, place: Path) -> None:
+    (place / "other" / "objects").mkdir(parents=True)
+    (place / "other" / "config").write_text("mine")
+    (place / "other" / "objects" / "mine").write_text("mine")
+    Store(place / "memory", base="other")
+    before = sorted(place.rglob("*"))
+    for store in ("other", "memory"):
+        assert run("learn", "model", "--store", store, "a.txt")[0] == 2
+    assert [path for path in sorted(place.rglob("*")) if path.parent.name != "leases"] == [
+        path for path in before if path.parent.name != "leases"
+    ]
 
 
 # Children of a server that has loaded what they need: a kill costs no start of torch.
@@ -240,7 +275,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 def test_a_chat_refuses_what_no_answer_can_be_made_with(run: Run) -> None:
     code, out, err = run("chat", "model", "--store", "memory", "--temperature", "-1", stdin="hi")
     assert (code, out) == (2, "")
-    assert err == "error: temperature -1.0: give 0 (the most likely token) or more\n"
+    assert err == "error: --temperature -1.0: give 0 (the most likely token) or more\n"
 
 
 def test_a_new_store_has_no_snapshot(run: Run) -> None:

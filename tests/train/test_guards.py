@@ -1,6 +1,7 @@
 """What goes wrong in a run costs at most the steps since the last checkpoint, and is told in one line."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -253,6 +254,42 @@ def test_a_baseline_that_diverges_leaves_the_model(
         f"the model hope is finished, in {out}; for both start again with a lower baseline.learning_rate"
     )
     assert (out / "model.safetensors").is_file()
+    assert "diverged" not in json.loads((out / "result.json").read_text())["models"][0]
+    (entry,) = json.loads((out / "baseline" / "result.json").read_text())["models"]
+    assert (entry["model"], entry["diverged"]["step"]) == ("transformer++", 1)
+
+
+@pytest.mark.parametrize("step", [1, 8])
+def test_a_run_that_diverged_says_so_in_its_result_and_is_no_finished_one(
+    recipe: Recipe, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    original = LanguageModelTrainer.compute_loss
+
+    def spoiled(self: LanguageModelTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == step - 1 else loss
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelTrainer, "compute_loss", spoiled)
+        for resume in (False, True):
+            with pytest.raises(UserError, match=rf"the loss became nan at step {step} of 12"):
+                train(recipe, out, resume)
+            (entry,) = json.loads((out / "result.json").read_text())["models"]
+            assert (entry["model"], entry["steps"]) == ("transformer++", 12)
+            assert entry["diverged"]["reason"] == f"the loss became nan at step {step}"
+            assert entry["diverged"]["step"] == step
+            last = [(row["step"], "loss" in row) for row in entry["diverged"]["last"]]
+            assert last == ([] if step == 1 else [(5, True), (6, True), (7, True), (4, False)])
+    with monkeypatch.context() as patch:
+        patch.setattr("nestlearn.train.run.read_data", interrupted)
+        with pytest.raises(Interrupted, match="checkpoint-6" if step == 8 else "there is no checkpoint yet"):
+            train(recipe, out, resume=True)
+    assert resumed(recipe, out) == straight
+    assert "validation" in json.loads((out / "result.json").read_text())["models"][0]
 
 
 def test_an_absurd_learning_rate_is_caught(recipe: Recipe, tmp_path: Path) -> None:

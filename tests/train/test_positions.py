@@ -14,7 +14,7 @@ BYTES = load_tokenizer("bytes")
 def test_a_learned_table_ends_and_rotary_positions_do_not() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=16, n_embd=8, n_layer=1, n_head=1)).eval()
     generate_text(gpt2, BYTES, "x" * 10, max_new_tokens=7)
-    with pytest.raises(UserError, match=r"a prompt of 10 tokens with max_new_tokens 8 takes 17 tokens: .* 16 in all"):
+    with pytest.raises(UserError, match=r"a prompt of 10 tokens with max_new_tokens=8 takes 17 tokens: .* 16 in all"):
         generate_text(gpt2, BYTES, "x" * 10, max_new_tokens=8)
     evaluate_text(gpt2, BYTES, ["x" * 40], context_length=16)
     with pytest.raises(UserError, match="the context length takes 17 tokens: the model has positions for 16 in all"):

@@ -81,7 +81,9 @@ class Level:
         if not _number(self.retention) or not 0 <= self.retention <= 1:
             raise UserError(f"retention={self.retention!r} of a level: give a share from 0 to 1")
         if self.budget is not None and (not _number(self.budget) or self.budget <= 0):
-            raise UserError(f"budget={self.budget!r} of a level: give the largest relative distance, above 0, or None")
+            raise UserError(
+                f"budget={self.budget!r} of a level: give the largest relative distance, above 0, or nothing"
+            )
         if not _number(self.consolidation) or self.consolidation < 0:
             raise UserError(f"consolidation={self.consolidation!r} of a level: give a number, 0 (none) or more")
 
@@ -117,7 +119,8 @@ class LevelsConfig:
         object.__setattr__(self, "levels", tuple(self.levels))
         if any(slow.period < fast.period for fast, slow in pairwise(self.levels)):
             periods = [level.period for level in self.levels]
-            raise UserError(f"the periods {periods} of the levels are not ordered fast to slow: give {sorted(periods)}")
+            given, ordered = (",".join(map(str, numbers)) for numbers in (periods, sorted(periods)))
+            raise UserError(f"the periods {given} of the levels are not ordered fast to slow: give {ordered}")
         if isinstance(self.layers, str):
             if self.layers not in PLACES:
                 raise UserError(f"unknown layers {self.layers!r}: {nearest(self.layers, PLACES)}, or a list of indices")
@@ -125,7 +128,7 @@ class LevelsConfig:
         if not _several(self.layers) or not self.layers or not all(type(index) is int for index in self.layers):
             raise UserError(f"layers={self.layers!r}: give 'late', 'all' or a list of indices of layers")
         if len(set(self.layers)) < len(self.layers):
-            raise UserError(f"layers={list(self.layers)}: an index stands there twice")
+            raise UserError(f"layers={','.join(map(str, self.layers))}: an index stands there twice")
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
 
     def chosen_layers(self, count: int) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ that must not disturb some text, ``kept.safetensors``.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from nestlearn.convert.config import LevelsConfig
 from nestlearn.convert.identity import base_hash
 from nestlearn.convert.pretrained import model_folder
 from nestlearn.errors import UserError
-from nestlearn.files import read_json, write_atomic, write_json
+from nestlearn.files import no_empty_folders, read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
     from nestlearn.convert.model import ContinualModel
@@ -49,19 +51,34 @@ def save_converted(model: ContinualModel, folder: Path) -> None:
         "sha256": base_hash(model),
         "dtype": str(model.base.dtype).removeprefix("torch."),
     }
-    # The weights first: their hash stands in the other file, so that two halves of different age are not one model.
-    write_atomic(folder / LEARNED, lambda path: save_file(learned, path))
-    entries = {"learned": {"sha256": _hash(folder / LEARNED), "weights": len(learned)}}
     # Weights that see the same inputs share a matrix, which safetensors does not write.
     kept = {
         name: own.matrix.clone(memory_format=torch.contiguous_format)
         for level in model.levels
         for name, own in level.kept.items()
     }
-    if kept:
-        write_atomic(folder / KEPT, lambda path: save_file(kept, path))
-        entries["kept"] = {"sha256": _hash(folder / KEPT), "weights": len(kept)}
-    write_json(folder / LEVELS, {"format": FORMAT, "base": base, "config": model.config_levels.to_dict(), **entries})
+    content = {"format": FORMAT, "base": base, "config": model.config_levels.to_dict()}
+    with no_empty_folders(folder), _no_half(folder):
+        # The weights first: their hash stands in the other file, so that two halves of different age are not one model.
+        write_atomic(folder / LEARNED, lambda path: save_file(learned, path))
+        content["learned"] = {"sha256": _hash(folder / LEARNED), "weights": len(learned)}
+        if kept:
+            write_atomic(folder / KEPT, lambda path: save_file(kept, path))
+            content["kept"] = {"sha256": _hash(folder / KEPT), "weights": len(kept)}
+        write_json(folder / LEVELS, content)
+
+
+@contextmanager
+def _no_half(folder: Path) -> Iterator[None]:
+    """After an error inside, as on a full disk, nothing is left of a model that was not there before."""
+    new = not (folder / LEVELS).exists()
+    try:
+        yield
+    except BaseException:
+        if new:
+            for name in (LEVELS, LEARNED, KEPT):
+                (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def read_converted(folder: Path) -> tuple[dict[str, Any], LevelsConfig, dict[str, Tensor], dict[str, Tensor]]:
@@ -101,14 +118,17 @@ def read_base(entry: dict[str, Any], given: PreTrainedModel | str | Path | None)
     if isinstance(given, PreTrainedModel):
         model = given
     elif given is None and not entry.get("path"):
-        raise UserError("the converted model does not say where its base lies: give base=, a folder or the model")
+        raise UserError(
+            "the converted model does not say where its base lies: convert a saved base, or in Python give it as base="
+        )
     else:
         model = load_base(str(entry["path"]) if given is None else given, str(entry.get("dtype")))
     found = base_hash(model)
     if found != entry.get("sha256"):
         raise UserError(
             f"the base model {model.config.name_or_path or type(model).__name__!r} has the hash {found[:12]} and the "
-            f"learned weights belong to {str(entry.get('sha256'))[:12]}: give the model that was converted, as base="
+            f"learned weights belong to {str(entry.get('sha256'))[:12]}: give the model that was converted "
+            "(restore it, or in Python base=)"
         )
     return model
 

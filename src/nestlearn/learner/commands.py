@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nestlearn.errors import UserError
-from nestlearn.files import finite
+from nestlearn.files import finite, no_empty_folders
 from nestlearn.json_option import Json, print_json
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def learn(
     if len(set(files)) < len(files):
         raise UserError("a file is given twice: give each once")
     learner = None
-    with _spooled(files, dry_run) as texts:
+    with _spooled(files, dry_run) as texts, _no_empty_store(store):
         for path in texts.values():
             if path is not None and path.is_dir():
                 raise UserError(f"{path} is a folder: give its files, as in {path / '*.txt'}")
@@ -142,9 +142,30 @@ def chat(
     """
     from nestlearn.learner.chat import Chat
 
-    learner = _learner(model, store, branch, 0, None, AUTOSAVE)
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed, "as_json": as_json}
-    Chat(learner, max_new_tokens=max_new_tokens, **options).run()
+    with _no_empty_store(store):
+        learner = _learner(model, store, branch, 0, None, AUTOSAVE)
+        Chat(learner, max_new_tokens=max_new_tokens, **options).run()
+
+
+@contextmanager
+def _no_empty_store(folder: Path) -> Iterator[None]:
+    """After an error inside no store is left where none was, unless something was kept in it."""
+    free = _is_free(folder)
+    with no_empty_folders(folder):
+        try:
+            yield
+        except BaseException:
+            if free and folder.is_dir():
+                from nestlearn.learner.store.collect import discard
+
+                with suppress(UserError, OSError):  # what went wrong inside is what is told
+                    discard(folder)
+            raise
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _learner(
@@ -160,7 +181,7 @@ def _learner(
     logging.disable_progress_bar()
     loaded, tokenizer = load_model(model)
     converted = loaded if isinstance(loaded, ContinualModel) else convert(loaded)
-    opened = Store(store, base_hash(converted), branch) if keep or store.exists() else None
+    opened = Store(store, base_hash(converted), branch) if keep or not _is_free(store) else None
     return ContinualLearner(converted, tokenizer, opened, context=context, probe=probe, autosave=autosave)
 
 

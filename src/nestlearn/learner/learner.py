@@ -93,7 +93,7 @@ class ContinualLearner:
         self.tokenizer, self.probe, self.autosave = tokenizer, probe, autosave
         self.reading = Reading.of(self.model, tokenizer, window, context, max_surprise)
         if autosave is not None and autosave < 1:
-            raise UserError(f"autosave={autosave}: give the tokens between two automatic snapshots, or None")
+            raise UserError(f"autosave={autosave}: give the tokens between two automatic snapshots, 1 or more")
         self._own: set[int] = set()  # numbers of the levels whose tensors are nowhere but in the state
         self._turn = threading.Lock()  # either the state is handed out, or what is its own is written over
         self.state = fresh_state(self.model)

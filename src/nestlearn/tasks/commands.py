@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,12 +58,31 @@ def bench(
 def evaluate_suite(
     suite: str, scale: str, data: str | None, only: str | None, out: Path | None, workers: int, as_json: bool
 ) -> None:
-    """``nestlearn eval --suite``: run what is left of it and say where the report is."""
+    """``nestlearn eval --suite``: run what is left of it, and say where the report is and what was not run.
+
+    Raises `UserError` if nothing could be run and nothing was kept before.
+    """
     result = _run_suite(EVALUATIONS, "eval", suite, scale, data, only, out, workers)
+    lines, some = _not_run(result["tasks"])
+    if not some:
+        raise UserError(f"nothing could be run: {'; '.join(lines)}")
+    for line in lines:
+        print(line, file=sys.stderr)
     if as_json:
         print_json(result)
     else:
         print(f"report: {result['report']}\n        {result['html']}")
+
+
+def _not_run(tasks: dict[str, Any]) -> tuple[list[str], bool]:
+    """A line for every task and reason why rows of it have no result; and whether any row of any task has one."""
+    lines, some = [], False
+    for name, settings in tasks.items():
+        outcomes = [outcome for models in settings.values() for outcome in models.values()]
+        reasons = Counter(outcome["reason"] for outcome in outcomes if outcome["state"] == "not run")
+        some = some or reasons.total() < len(outcomes)
+        lines += [f"{name}: {count} of {len(outcomes)} rows not run ({reason})" for reason, count in reasons.items()]
+    return lines, some
 
 
 def _run_suite(

@@ -13,6 +13,8 @@ from nestlearn.errors import UserError
 from nestlearn.json_option import Json, print_json
 from nestlearn.tasks.commands import evaluate_suite
 
+MODEL = "A run folder, a folder of save_pretrained or of nestlearn convert, or smollm2."
+
 
 def train(
     preset: Annotated[str | None, typer.Option(help="A recipe that comes with the package: tiny.")] = None,
@@ -77,7 +79,7 @@ def train(
 
 
 def evaluate(
-    model: Annotated[Path | None, typer.Argument(help="A run folder, or any folder of save_pretrained.")] = None,
+    model: Annotated[Path | None, typer.Argument(help=MODEL)] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -152,7 +154,7 @@ def evaluate(
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A run folder, or any folder of save_pretrained.")],
+    model: Annotated[Path, typer.Argument(help=MODEL)],
     prompt: Annotated[str, typer.Option(help="The text to continue; - reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 0.8,
@@ -194,7 +196,10 @@ def generate(
 
 def levels(
     model: Annotated[
-        str, typer.Argument(help="A run folder, any folder of save_pretrained, a recipe file or a preset.")
+        str,
+        typer.Argument(
+            help="A run folder, a folder of save_pretrained or of nestlearn convert, smollm2, a recipe or a preset."
+        ),
     ],
     optimizer: Annotated[
         str | None, typer.Option(help="Train with this one, as in a recipe. By default the recipe's own.")
@@ -204,7 +209,7 @@ def levels(
 ) -> None:
     """Show a model and its optimizer as nested memories, each at its own update frequency.
 
-    No weight is read, so a model of any size is described at once.
+    No weight is read, so a model of any size is described at once; of a converted model they are read.
 
     Example: nestlearn levels tiny --optimizer m3 --picture levels.png
     """

@@ -27,7 +27,14 @@ from nestlearn.train.positions import check_positions
 
 
 class NotFinite(UserError):
-    """A loss, a gradient or a weight is NaN or infinite, or so large that nothing can be computed with it."""
+    """A loss, a gradient or a weight is NaN or infinite, or so large that nothing can be computed with it.
+
+    ``step``: of the training in which it became so; None outside of one.
+    """
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Window(NamedTuple):

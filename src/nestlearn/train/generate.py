@@ -56,13 +56,13 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float, seed: i
     >>> check_options(256, temperature=0.7, top_p=0.95, seed=None)
     """
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {max_new_tokens}: give 1 or more")
+        raise UserError(f"max_new_tokens={max_new_tokens}: give 1 or more")
     if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature {temperature}: give 0 (the most likely token) or more")
+        raise UserError(f"temperature={temperature}: give 0 (the most likely token) or more")
     if not 0 < top_p <= 1:
-        raise UserError(f"top_p {top_p}: give a share above 0, at most 1")
+        raise UserError(f"top_p={top_p}: give a share above 0, at most 1")
     if seed is not None and not 0 <= seed < 2**64:
-        raise UserError(f"seed {seed}: give 0 to 2**64 - 1")
+        raise UserError(f"seed={seed}: give 0 to {2**64 - 1}")
 
 
 def generate_text(
@@ -94,7 +94,7 @@ def generate_text(
     owner: Any = model.base if isinstance(model, ContinualModel) else model  # of the configuration
     inputs = _inputs(tokenizer, prompt)
     length = inputs["input_ids"].shape[1]
-    asked = f"a prompt of {length:,} tokens with max_new_tokens {max_new_tokens:,}"
+    asked = f"a prompt of {length:,} tokens with max_new_tokens={max_new_tokens}"
     check_positions(owner, length + max_new_tokens - 1, asked)  # the last token that is made is not read
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -3,7 +3,8 @@
 RUN/run.toml            the full recipe: ``nestlearn train --config RUN/run.toml`` repeats the run
 RUN/config.json, RUN/model.safetensors, tokenizer files: for ``AutoModelForCausalLM.from_pretrained(RUN)``
 RUN/metrics.jsonl       a line a log event
-RUN/result.json         parameters, tokens per second, validation perplexity and bits per byte, a sample
+RUN/result.json         parameters, tokens per second, validation perplexity and bits per byte, a sample; of a run whose
+                        numbers became NaN or infinite, at which step, and its last losses
 RUN/curves.png          loss against tokens of every model
 RUN/baseline/           the same for the baseline
 RUN/checkpoints/        while it runs: what ``--resume`` continues from
@@ -199,7 +200,14 @@ def _kept(out: Path) -> str:
     found = [*list_checkpoints(out / CHECKPOINTS), *list_checkpoints(out / BASELINE / CHECKPOINTS)]
     if found:
         return f"the last checkpoint is {found[-1]}"
-    return "its model is finished" if (out / RESULT).exists() else "there is no checkpoint yet"
+    return "its model is finished" if _is_finished(out) else "there is no checkpoint yet"
+
+
+def _is_finished(out: Path) -> bool:
+    try:
+        return _read_result(out) is not None
+    except UserError:  # damaged, which is told where it is read
+        return True
 
 
 def _phases(recipe: Recipe, data: Data, out: Path) -> list[Phase]:
@@ -226,6 +234,8 @@ def _run(recipe: Recipe, phases: list[Phase], data: Data, out: Path) -> dict[str
             try:
                 _train_phase(phase, data)
             except NotFinite as error:
+                if first:
+                    write_json(phase.folder / RESULT, _diverged_result(error, phase, data))
                 raise UserError(_diverged(error, phase, phases[0])) from error
         result = _read_result(phase.folder)
         assert result is not None
@@ -252,18 +262,36 @@ def _diverged(error: NotFinite, phase: Phase, first: Phase) -> str:
     )
 
 
+def _diverged_result(error: NotFinite, phase: Phase, data: Data) -> dict[str, Any]:
+    """What is known of a phase that ended early; `_read_result` does not take it for a finished one."""
+    rows = read_metrics(phase.folder / METRICS)
+    last = [row for row in rows if "loss" in row][-3:] + [row for row in rows if "eval_loss" in row][-1:]
+    entry = {
+        "model": phase.name,
+        "folder": ".",
+        "parameters": parameter_count(phase.config),
+        "steps": phase.recipe.steps,
+        "learning_rate": phase.recipe.train.learning_rate,
+        "diverged": {"reason": str(error), "step": error.step, "last": last},
+    }
+    return {"data": data.corpus.description, "models": [entry]}
+
+
 def _write_recipe(recipe: Recipe, folder: Path) -> None:
     if join().is_main_process:
         write_atomic(folder / RECIPE, lambda path: path.write_text(dump(recipe), encoding="utf-8"))
 
 
 def _read_result(folder: Path) -> dict[str, Any] | None:
+    """What a finished phase wrote; None before, and after it has diverged."""
     path = folder / RESULT
     if not path.exists():
         return None
     remedy = "delete it and resume again, then what it held is computed anew"
     result = read_json(path, remedy)
     models = result.get("models")
+    if isinstance(models, list) and models and isinstance(models[0], dict) and "diverged" in models[0]:
+        return None
     described = isinstance(models, list) and models and all(isinstance(m, dict) and m.keys() >= ENTRY for m in models)
     if not described or not result.keys() >= {"data", "sample"}:
         raise UserError(f"{path} is damaged (it describes no model): {remedy}")
@@ -277,6 +305,8 @@ def _train_phase(phase: Phase, data: Data) -> None:
     if here.is_main_process:
         sweep(checkpoints)
     here.wait_for_everyone()
+    if here.is_main_process:
+        (phase.folder / RESULT).unlink(missing_ok=True)  # of an earlier try, which diverged
     last = max(list_checkpoints(checkpoints), key=step_of, default=None)
     if last is not None:
         verify(last)
@@ -351,7 +381,8 @@ def _validate(model: PreTrainedModel, phase: Phase, data: Data) -> dict[str, Any
             max_tokens=phase.recipe.train.final_eval_tokens,
         )
     except NotFinite as error:
-        raise NotFinite(f"the validation loss became infinite or too large at step {phase.recipe.steps}") from error
+        step = phase.recipe.steps
+        raise NotFinite(f"the validation loss became infinite or too large at step {step}", step) from error
 
 
 def _sample(model: PreTrainedModel, phase: Phase, data: Data) -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from nestlearn import cli
+from nestlearn.files import write_atomic
 from nestlearn.learner.store import Store
 
 COMMANDS = ["log", "show", "diff", "rollback", "fork", "merge", "drop", "gc", "verify"]
@@ -120,6 +124,34 @@ def test_fork_merge_drop_gc(shell: Shell) -> None:
     assert shell.json("drop", "other") == {"dropped": "other"}
     assert shell.json("gc")["snapshots"] == 1
     assert shell("gc")[1] == "removed 0 snapshots and 0 objects: 0.0 MB\n"
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_gc_on_a_full_disk_keeps_the_store(shell: Shell, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    left = writes
+
+    def full(path: Path, write: Callable[[Path], object]) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomic(path, write)
+
+    shell("drop", "side")
+    before = shell.json("log")
+    with monkeypatch.context() as patch:
+        patch.setattr("nestlearn.learner.store.references.write_atomic", full)
+        patch.setattr("nestlearn.files.write_atomic", full)
+        code, out, err = shell("gc")
+    if writes == 0:
+        assert (code, out) == (2, "")
+        assert err == (
+            f"error: cannot use the store {shell.folder} (No space left on device): what was kept is as it was; "
+            "free some space\n"
+        )
+    assert shell.json("log") == before
+    assert shell.json("verify")["problems"] == []
+    assert shell.json("gc")["snapshots"] == (1 if code else 0)
 
 
 def test_verify_names_what_is_damaged(shell: Shell) -> None:

@@ -1,11 +1,14 @@
-"""What may go, and whether everything else is whole: gc, prune, verify.
+"""What may go, and whether everything else is whole: gc, prune, discard, verify.
 
-Whoever calls has the store's lock to himself. What is referenced is written before anything is removed, and children
-are removed before their parents, so that a kill at any point leaves a store in which every snapshot has its history.
+Whoever calls has the store's lock to himself; `discard` takes it. What is referenced is written before anything is
+removed, and children are removed before their parents, so that a kill at any point leaves a store in which every
+snapshot has its history.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ from nestlearn.errors import UserError
 from nestlearn.files import sync_file
 from nestlearn.learner.store import objects, references, snapshot
 from nestlearn.learner.store.history import History, children, newest_first
-from nestlearn.learner.store.locks import leased
+from nestlearn.learner.store.locks import LEASES, LOCK, leased, locked
 from nestlearn.learner.store.references import Graft, References
 from nestlearn.learner.store.snapshot import Snapshot
 
@@ -111,6 +114,21 @@ def prune(folder: Path, known: References, at: str | None, keep_last: int) -> Re
     paths = [path for path in (objects.path_of(folder, digest) for digest in sorted(loose)) if path.exists()]
     freed += _remove(paths, folder / objects.OBJECTS)
     return Removed(len(victims), len(paths), freed)
+
+
+def discard(folder: Path) -> None:
+    """Remove a store in which nothing was ever saved, unless another process has it open; the folder stays."""
+    folders, files = (objects.OBJECTS, snapshot.SNAPSHOTS, LEASES), (references.FILE, references.PREVIOUS, LOCK)
+    with locked(folder):
+        leased(folder)  # which removes those of the dead
+        others = [path for path in (folder / LEASES).glob("*") if not path.name.startswith(f"{os.getpid()}-")]
+        strange = {path.name for path in folder.iterdir()} - {*folders, *files}
+        if others or strange or snapshot.listed(folder):
+            return
+        for name in folders:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
 
 
 def verify(folder: Path, known: References) -> Report:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nestlearn.app import App
 from nestlearn.errors import UserError
 from nestlearn.json_option import Json, print_json
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # the store loads torch, and --help must not
     from nestlearn.learner.store import Snapshot, Store
     from nestlearn.learner.store.compare import LevelDiff
 
-app = typer.Typer(no_args_is_help=True, help="Look after a memory store: what a model has learned, as snapshots.")
+app = App(no_args_is_help=True, help="Look after a memory store: what a model has learned, as snapshots.")
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the store.", metavar="STORE")]
 REF = "A name, a branch, an id or its first digits, or head; ~N goes back N parents."

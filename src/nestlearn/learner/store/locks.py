@@ -5,6 +5,7 @@ Both are ``flock`` locks, which the kernel drops when their holder dies, however
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -39,7 +40,8 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     except OSError as error:
         where = "" if error.filename is None else f" at {Path(error.filename).name}"
         what = f"cannot use the store {folder} ({error.strerror or error}{where})"
-        raise UserError(f"{what}: what was kept is as it was; put that right") from error
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        raise UserError(f"{what}: what was kept is as it was; {remedy}") from error
 
 
 class Lease:
