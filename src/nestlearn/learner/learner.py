@@ -18,7 +18,6 @@ How a text is read:
 from __future__ import annotations
 
 import math
-import threading
 from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,10 +32,11 @@ from nestlearn.convert import ContinualModel, LevelsConfig, base_hash, convert
 from nestlearn.errors import UserError
 from nestlearn.files import uninterrupted
 from nestlearn.learner.guards import RetentionProbe
+from nestlearn.learner.holder import CutOff, Holder
 from nestlearn.learner.reading import Reading, mean_loss
 from nestlearn.learner.report import ReadReport, Tally
-from nestlearn.learner.state import LearnerState, LevelState, Source, Tensors
-from nestlearn.learner.step import Outcome, Prediction, flush, learn, predict
+from nestlearn.learner.state import LearnerState, LevelState, Tensors, fresh_state
+from nestlearn.learner.step import flush, predict
 from nestlearn.learner.store import Snapshot, Store
 from nestlearn.learner.store.compare import Diff
 from nestlearn.learner.stream import Text, Windows
@@ -94,9 +94,7 @@ class ContinualLearner:
         self.reading = Reading.of(self.model, tokenizer, window, context, max_surprise)
         if autosave is not None and autosave < 1:
             raise UserError(f"autosave={autosave}: give the tokens between two automatic snapshots, 1 or more")
-        self._own: set[int] = set()  # numbers of the levels whose tensors are nowhere but in the state
-        self._turn = threading.Lock()  # either the state is handed out, or what is its own is written over
-        self.state = fresh_state(self.model)
+        self._held = Holder(fresh_state(self.model))
         self.snapshot: Snapshot | None = None  # the last one saved or opened, and the state in it
         self._saved: LearnerState | None = None
         self._good: LearnerState | None = None  # the last state that the probe has passed
@@ -109,22 +107,18 @@ class ContinualLearner:
     def state(self) -> LearnerState:
         """What was learned, and all that a resume needs. Whoever has it may keep it: it never changes, as what comes
         next is then learned beside it."""
-        with self._turn:
-            self._own.clear()
-            return self._state
+        return self._held.take()
 
     @state.setter
     def state(self, state: LearnerState) -> None:
-        with self._turn:
-            self._own.clear()
-            self._state = state
+        self._held.put(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, or another process, which may have the same tensors."""
-        return {**self.__dict__, "_state": self.state, "_own": set(), "_turn": None}
+        """Of a copy, or for another process, which may have the same tensors."""
+        return {**self.__dict__, "_held": self.state}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values, _turn=threading.Lock())
+        self.__dict__.update(values, _held=Holder(values["_held"]))
 
     @property
     def weights(self) -> Tensors:
@@ -135,13 +129,13 @@ class ContinualLearner:
     def unsaved(self) -> bool:
         """Whether something was learned since the last snapshot was saved by name or by hand, or opened."""
         if self.snapshot is None:
-            return self._state.read > 0
+            return self._held.current.read > 0
         return not self.stored or self.snapshot.automatic
 
     @property
     def stored(self) -> bool:
         """Whether the store has the state as it is now, in a snapshot of any kind."""
-        return self._saved is self._state
+        return self._saved is self._held.current
 
     @torch.inference_mode(False)
     def read(
@@ -166,13 +160,13 @@ class ContinualLearner:
             UserError: what is given is no text, or the source has changed.
             KeyboardInterrupt: Ctrl-C; all windows before are learned, and saved if the learner saves automatically.
         """
-        known = None if source is None or again else self._state.sources.get(source)
+        known = None if source is None or again else self._held.current.sources.get(source)
         windows = Windows(text, self.tokenizer, self.reading.window, source, known)
-        tally, began = Tally(self._state, known), self._state
+        tally, began = Tally(self._held.current, known), self._held.current
         if (reason := self._over_limit()) is not None:  # as it was opened: it stays as it is
-            return tally.report(self._state, reason)
-        if known is None or self._state.reading != source:
-            self._state = self._state.opened(source)
+            return tally.report(self._held.current, reason)
+        if known is None or self._held.current.reading != source:
+            self._held.current = self._held.current.opened(source)
             if self.probe is not None:
                 self._good = self.state
         try:
@@ -188,21 +182,25 @@ class ContinualLearner:
         if tally.tokens:
             self.checkpoint()
         elif known is not None and known.finished:
-            self._state = began
-        return tally.report(self._state, reason)
+            self._held.current = began
+        return tally.report(self._held.current, reason)
 
     def _read(self, windows: Windows, tally: Tally, on_window: Callable[[ReadReport], None] | None) -> str | None:
         """Why reading has stopped before the end of the text, None if it has not."""
         source, unsaved = windows.name, False
         for window in windows:
-            before = self._state.read
-            (prediction,) = predict(self.model, [self._state], [window], self.reading)
-            outcome = self._learn(window, prediction, None if source is None else (source, windows.position))
-            state = outcome.state
+            before = self._held.current.read
+            (prediction,) = predict(self.model, [self._held.current], [window], self.reading)
+            position = None if source is None else (source, windows.position)
+            try:
+                outcome = self._held.learn(self.model, window, self.reading, prediction, position)
+            except CutOff as cut:
+                raise self._back() from cut
+            state = self._held.current
             del prediction  # its gradient is as large as all that learns
             tally.add(outcome, len(window))
             if on_window is not None:
-                on_window(tally.report(self._state))
+                on_window(tally.report(self._held.current))
             due = self.probe is not None and _passed(before, state.read, self.probe.every)
             if due and (reason := self._over_limit()):
                 return reason
@@ -210,38 +208,24 @@ class ContinualLearner:
             if unsaved and (due or self.probe is None):
                 self.checkpoint()
                 unsaved = False
-        end = self._state
+        end = self._held.current
         if tally.tokens or (windows.read is not None and not windows.read.finished):
             end = flush(self.model, end, self.reading)
         end = end.opened(None)
         if source is not None:
             end = end.with_source(source, replace(windows.position, finished=True))
-        self._state = end
+        self._held.current = end
         return self._over_limit()
 
-    def _learn(self, window: Tensor, prediction: Prediction, position: tuple[str, Source] | None) -> Outcome:
-        """Go on to the state after a window. Tensors may be written in place, with which the rest of the state has to
-        agree: where something is raised between the two, as by the third Ctrl-C or for want of memory, the learner
-        goes back to what the store has, or to the pretrained weights, and says so in a `UserError`."""
-        with uninterrupted(), self._turn:
-            before = self._state.versions()
-            try:
-                outcome = learn(self.model, self._state, window, self.reading, prediction, self._own)
-                self._state = outcome.state if position is None else outcome.state.with_source(*position)
-            except BaseException as stop:
-                if self._state.versions() == before:
-                    raise
-                self._own.clear()
-                self._state, back = self._kept()
-                raise UserError(f"an update was cut off in its middle: the learner is back at {back}") from stop
-        return outcome
-
-    def _kept(self) -> tuple[LearnerState, str]:
-        """The last state that was kept, and where."""
+    def _back(self) -> UserError:
+        """Go back from an update that was cut off, to what the store has or to what the learner began with."""
+        back = "what it began with"
         if self.snapshot is None:
-            return fresh_state(self.model), "the pretrained weights"
-        self._saved = LearnerState.restore(*self._load(self.snapshot.id))
-        return self._saved, f"snapshot {self.snapshot.name or self.snapshot.short}"
+            self.state = fresh_state(self.model)
+        else:
+            self._open(self.snapshot.id)
+            back = f"snapshot {self.snapshot.name or self.snapshot.short}"
+        return UserError(f"an update was cut off in its middle: the learner is back at {back}")
 
     def loss(self, text: Text) -> float:
         """Nats per token of a text with the learned weights, read as `read` does, and not learned.
@@ -358,7 +342,7 @@ class ContinualLearner:
 
     def _over_limit(self) -> str | None:
         """Why learning must not go on from this state, by the probe; the state that passes is kept as the good one."""
-        if self.probe is None or self._state is self._good:
+        if self.probe is None or self._held.current is self._good:
             return None
         if self._baseline is None:
             self._baseline = self.probe_loss({})
@@ -418,12 +402,6 @@ class ContinualLearner:
     @property
     def _start(self) -> ChainMap[str, Tensor]:
         return ChainMap(*(level.start for level in self.model.levels))  # pyrefly: ignore[bad-argument-type]
-
-
-def fresh_state(model: ContinualModel) -> LearnerState:
-    """Of a learner that has read nothing; its weights are those that the model was given (`ContinualModel.weights`)."""
-    own = [{n: w.detach() for n, w in model.weights.items() if n in level.start} for level in model.levels]
-    return LearnerState(tuple(LevelState(weights=weights) for weights in own))
 
 
 def _passed(before: int, after: int, every: int) -> bool:

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nestlearn.convert import ContinualModel, convert
 from nestlearn.errors import UserError, nearest
-from nestlearn.learner.learner import ContinualLearner, fresh_state
+from nestlearn.learner.learner import ContinualLearner
 from nestlearn.learner.reading import Reading
 from nestlearn.learner.report import ReadReport, Tally
-from nestlearn.learner.state import LearnerState
+from nestlearn.learner.state import LearnerState, fresh_state
 from nestlearn.learner.step import flush, rows_of, step
 from nestlearn.learner.stream import Text, Windows
 

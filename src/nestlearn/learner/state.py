@@ -2,7 +2,7 @@
 
 A state that anyone holds is never written in place. A step makes the next one, which shares the tensors that did not
 change, so that a fork costs nothing, a refused window leaves no trace, and the last good state is kept by holding on to
-it. Only a learner whose state nobody has asked for gives its tensors up for the next (`nestlearn.learner.step.learn`).
+it. Only a learner whose state nobody has asked for gives its tensors up for the next (`nestlearn.learner.holder`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestlearn.convert import ContinualModel
 from nestlearn.convert.kept import Kept
 from nestlearn.errors import UserError
 
@@ -235,3 +236,9 @@ class LearnerState:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the snapshot is not one of a learner ({error}): choose another") from error
+
+
+def fresh_state(model: ContinualModel) -> LearnerState:
+    """Of a learner that has read nothing; its weights are those that the model was given (`ContinualModel.weights`)."""
+    own = [{n: w.detach() for n, w in model.weights.items() if n in level.start} for level in model.levels]
+    return LearnerState(tuple(LevelState(weights=weights) for weights in own))

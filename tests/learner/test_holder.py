@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-import nestlearn.learner.learner as module
+import nestlearn.learner.holder as module
 import nestlearn.learner.step as stepping
 import nestlearn.learner.update as updating
 from nestlearn import ContinualLearner
@@ -65,13 +65,13 @@ def test_what_nobody_else_holds_stays_where_it_is(
 ) -> None:
     learner = ContinualLearner(make(levels=LEVELS), tokenizer)
     learner.read(words(80)[: WINDOW * 4])
-    places = [addresses(learner._state)]
+    places = [addresses(learner._held.current)]
     learner.read(words(80, seed=1)[: WINDOW * 8])
-    places.append(addresses(learner._state))
+    places.append(addresses(learner._held.current))
     assert places[0] == places[1]
     fork = learner.fork()
     learner.read(words(80, seed=2)[: WINDOW * 4])
-    assert set(addresses(learner._state).values()).isdisjoint(addresses(fork.state).values())
+    assert set(addresses(learner._held.current).values()).isdisjoint(addresses(fork.state).values())
 
 
 def test_a_state_that_another_thread_takes_during_an_update_never_changes(
@@ -116,10 +116,10 @@ def test_a_rule_that_may_fail_leaves_every_level_as_it_was(
     levels = (Level(WINDOW, 1e-2), Level(2 * WINDOW, 1e30, rule="sgd", clip=1e30))
     learner = ContinualLearner(make(levels=levels), tokenizer)
     learner.read(words(80)[:WINDOW])
-    kept = {name: t.clone() for name, t in tensors(learner._state).items()}
+    kept = {name: t.clone() for name, t in tensors(learner._held.current).items()}
     (skipped,) = learner.read(words(80, seed=1)[:WINDOW]).skipped  # both are due, and the second has no finite norm
     assert skipped.reason == "the updated weights are not finite"
-    assert all(torch.equal(t, kept[name]) for name, t in tensors(learner._state).items())
+    assert all(torch.equal(t, kept[name]) for name, t in tensors(learner._held.current).items())
 
 
 def test_an_update_is_certain_only_far_from_the_largest_numbers() -> None:
@@ -185,7 +185,7 @@ def test_an_update_that_is_cut_off_is_told_and_undone(
             raise MemoryError
 
     monkeypatch.setattr(updating, "adamw", cut_off)
-    back = "snapshot good" if stored else "the pretrained weights"
+    back = "snapshot good" if stored else "what it began with"
     with pytest.raises(UserError, match=f"an update was cut off in its middle: the learner is back at {back}"):
         learner.read(text, source="book")
     monkeypatch.undo()
