@@ -29,11 +29,11 @@ from nestlearn.train.positions import check_positions
 class NotFinite(UserError):
     """A loss, a gradient or a weight is NaN or infinite, or so large that nothing can be computed with it.
 
-    ``step``: of the training in which it became so; None outside of one.
+    ``step``: of the training in which it became so, which ends the message; None outside of one.
     """
 
     def __init__(self, message: str, step: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message if step is None else f"{message} at step {step}")
         self.step = step
 
 

@@ -381,8 +381,7 @@ def _validate(model: PreTrainedModel, phase: Phase, data: Data) -> dict[str, Any
             max_tokens=phase.recipe.train.final_eval_tokens,
         )
     except NotFinite as error:
-        step = phase.recipe.steps
-        raise NotFinite(f"the validation loss became infinite or too large at step {step}", step) from error
+        raise NotFinite("the validation loss became infinite or too large", phase.recipe.steps) from error
 
 
 def _sample(model: PreTrainedModel, phase: Phase, data: Data) -> dict[str, str]:

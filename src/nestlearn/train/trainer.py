@@ -115,22 +115,19 @@ class LanguageModelTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            step = self.state.global_step + 1
-            raise NotFinite(f"the loss became {loss.item()} at step {step}", step)
+            raise NotFinite(f"the loss became {loss.item()}", self.state.global_step + 1)
         return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not math.isfinite(float(norm)):
-            step = self.state.global_step + 1
-            raise NotFinite(f"the gradient became {float(norm)} at step {step}", step)
+            raise NotFinite(f"the gradient became {float(norm)}", self.state.global_step + 1)
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for key, name in (("loss", "loss"), ("eval_loss", "validation loss")):
             if not math.isfinite(logs.get(key, 0.0)):
-                step = self.state.global_step
-                raise NotFinite(f"the {name} became {logs[key]} at step {step}", step)
+                raise NotFinite(f"the {name} became {logs[key]}", self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     # The optimizer
@@ -261,7 +258,7 @@ def check_weights(model: torch.nn.Module, step: int) -> None:
     for name, tensor in model.state_dict().items():
         here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if not torch.isfinite(here).all():
-            raise NotFinite(f"the weights became NaN or infinite ({name}) at step {step}", step)
+            raise NotFinite(f"the weights became NaN or infinite ({name})", step)
 
 
 def export(
