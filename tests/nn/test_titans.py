@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from nestlearn.errors import UserError
 from nestlearn.nn import CausalAttention, ContinuumMemory, MemoryLayer, step_sizes
 from nestlearn.nn.titans import SelfReferentialTitans
+from nestlearn.ops.rule import gates
 
 SWITCHES = [
     {},
@@ -132,6 +133,27 @@ def test_200k_tokens_leave_the_state_finite_and_bounded(
         # Within a chunk a state overshoots by what one chunk writes, 0.1 |e| |h| a token for MLP memories: tripled
         # weights come to 200 with some seeds.
         assert torch.stack(norms).max() < inside
+
+
+@torch.no_grad()
+def test_the_head_beside_accumulators_keeps_a_period() -> None:
+    """Of one symbol again and again it holds two things in turn, which stay apart."""
+    titans = layer(heads=4, accumulators=2, conv_size=1, chunk_size=4)
+    for name in ("eta", "alpha"):  # gates at their biases
+        titans.start[name][0].zero_()
+        titans.write_scale[name].fill_(-40.0)
+    x = torch.randn(8).expand(1, 400, 8)
+    memories = [titans(x[:, :tokens])[1].core.current[0][0, 1, -titans.width :] for tokens in (1, 2, 300, 301)]
+    early, late = (memories[1] - memories[0]).norm(), (memories[3] - memories[2]).norm()
+    assert late > 0.25 * early > 0
+
+
+@torch.no_grad()
+def test_the_head_beside_accumulators_can_learn_to_hold_still() -> None:
+    """Its step sizes are near two and not cut, else they would have no slope."""
+    titans = layer(heads=4, accumulators=2)
+    eta, _ = gates(torch.zeros(1, 4, 1), torch.zeros(1, 4, 1), titans.initial(), titans.rule)
+    assert 1.99 < eta[0, 1] / titans.initial().bias["alpha"][1].sigmoid() < 2
 
 
 @torch.no_grad()
