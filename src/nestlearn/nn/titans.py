@@ -18,9 +18,6 @@ from nestlearn.ops import GATES, MEMORY, Start, WriteRule
 # share of 1e-4 erased with every token is too much: after 300 tokens a count of 100 is wrong by several. And a head
 # that turns a sign with 0.993 of the erasure loses 1.3 percent of it with every token.
 ALWAYS, NEVER, FULLY = 14.0, -14.0, 5.0
-# Of a step size: a quarter of the largest. At half of it, where a token replaces what a linear memory had for its key,
-# a language model begins so much worse that after 293 steps its perplexity is 13 percent higher (docs/log.md).
-QUARTER = -math.log(3)
 # Of a step size: with the stretch 1.998, which all but turns the sign along the key. From 2.4 on it is cut to 2 and has
 # no slope, so that the head cannot learn at which tokens not to turn.
 TURN = 2.39
@@ -183,8 +180,6 @@ class SelfReferentialTitans(MemoryMixer):
             self.bias["alpha"][:modifying] = lifetime_bias(self.retained, modifying)
             self.bias["alpha"][counting] = ALWAYS
         nn.init.zeros_(self.bias["eta"])
-        if isinstance(self.memories[MEMORY], LinearMemory):
-            self.bias["eta"][:modifying] = QUARTER
         for scale in self.write_scale.values():
             assert self.initial_write_scale is not None
             nn.init.constant_(scale, math.log(self.initial_write_scale / (1 - self.initial_write_scale)))
