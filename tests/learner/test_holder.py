@@ -34,6 +34,14 @@ from tests.learner.test_learner import same, tensors
 LEVELS = (Level(WINDOW, 1e-2), Level(2 * WINDOW, 1e-2, retention=0.01), Level(4 * WINDOW, 1e-2, budget=0.02))
 
 
+@pytest.fixture
+def learner(make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase) -> ContinualLearner:
+    """One that has read four windows."""
+    learner = ContinualLearner(make(levels=LEVELS), tokenizer)
+    learner.read(words(80)[: WINDOW * 4])
+    return learner
+
+
 def addresses(state: LearnerState) -> dict[str, int]:
     return {name: t.data_ptr() for name, t in tensors(state).items() if "gathered" not in name}
 
@@ -60,11 +68,7 @@ def test_what_is_held_never_changes_and_nothing_depends_on_it(
         assert all(torch.equal(t, before[name]) for name, t in tensors(state).items())
 
 
-def test_what_nobody_else_holds_stays_where_it_is(
-    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    learner = ContinualLearner(make(levels=LEVELS), tokenizer)
-    learner.read(words(80)[: WINDOW * 4])
+def test_what_nobody_else_holds_stays_where_it_is(learner: ContinualLearner) -> None:
     places = [addresses(learner._held.current)]
     learner.read(words(80, seed=1)[: WINDOW * 8])
     places.append(addresses(learner._held.current))
@@ -75,10 +79,9 @@ def test_what_nobody_else_holds_stays_where_it_is(
 
 
 def test_a_state_that_another_thread_takes_during_an_update_never_changes(
-    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    learner: ContinualLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learner, update = ContinualLearner(make(levels=LEVELS), tokenizer), stepping.update
-    learner.read(words(80)[: WINDOW * 4])
+    update = stepping.update
     taken: list[tuple[LearnerState, list[Tensor]]] = []
 
     def take() -> None:
@@ -99,11 +102,7 @@ def test_a_state_that_another_thread_takes_during_an_update_never_changes(
         assert all(map(torch.equal, before, tensors(state).values()))
 
 
-def test_a_copy_of_a_learner_shares_nothing_with_it(
-    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    learner = ContinualLearner(make(levels=LEVELS), tokenizer)
-    learner.read(words(80)[: WINDOW * 4])
+def test_a_copy_of_a_learner_shares_nothing_with_it(learner: ContinualLearner) -> None:
     other = copy.deepcopy(learner)
     learner.read(words(80, seed=1)[: WINDOW * 4])
     other.read(words(80, seed=1)[: WINDOW * 4])
@@ -197,11 +196,7 @@ def test_an_update_that_is_cut_off_is_told_and_undone(
     assert same(learner.state, straight.state)
 
 
-def test_a_learner_that_has_been_copied_in_any_way_writes_over_nothing(
-    make: Callable[..., ContinualModel], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    learner = ContinualLearner(make(levels=LEVELS), tokenizer)
-    learner.read(words(80)[: WINDOW * 4])
+def test_a_learner_that_has_been_copied_in_any_way_writes_over_nothing(learner: ContinualLearner) -> None:
     other = copy.copy(learner)
     before = [t.clone() for t in tensors(other.state).values()]
     learner.read(words(80, seed=1)[: WINDOW * 4])

@@ -21,7 +21,7 @@ GATES = ("eta", "alpha")
 MEMORY = "memory"
 """The name of the main memory, the one that is read to give the output (Eq. 83, 86)."""
 REACH = 1000.0
-"""How many times the norm limit the heads that accumulate may grow to."""
+"""How many times the norm limit heads may grow to that are given their values (`Start.accumulates`)."""
 
 
 @dataclass(frozen=True)
